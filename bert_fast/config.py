@@ -1,0 +1,140 @@
+"""The shape of a BERT: Hugging Face's field names and defaults, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+#: Activations of the feed-forward block, by the name a checkpoint's ``hidden_act`` gives them.
+#: The value is how `torch.nn.functional.gelu` spells it, or None for the ones that are not GELU.
+ACTIVATIONS: dict[str, str | None] = {
+    "gelu": "none",  # the erf form
+    "gelu_new": "tanh",  # Google's own code, and ALBERT
+    "gelu_pytorch_tanh": "tanh",
+    "relu": None,
+    "silu": None,
+    "tanh": None,
+}
+
+
+@dataclass
+class BertConfig:
+    """Configuration of a BERT model (Devlin et al., 2018), as `config.json` of a Hugging Face checkpoint holds it.
+
+    The defaults are BERT-base, uncased. Fields this class does not know are kept in `extra` and written back unchanged.
+
+    Raises:
+        ValueError: a field is impossible; the message names the field and its value.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    position_embedding_type: str = "absolute"
+    classifier_dropout: float | None = None
+    tie_word_embeddings: bool = True
+    problem_type: str | None = None
+    id2label: dict[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.id2label = {int(index): label for index, label in self.id2label.items()}
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+        ):
+            _require(isinstance(getattr(self, name), int) and getattr(self, name) > 0, self, name, "a positive integer")
+        _require(
+            isinstance(self.num_hidden_layers, int) and self.num_hidden_layers >= 0,
+            self,
+            "num_hidden_layers",
+            "an integer >= 0",
+        )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+            )
+        _require(self.hidden_act in ACTIVATIONS, self, "hidden_act", f"one of {', '.join(ACTIVATIONS)}")
+        _require(self.position_embedding_type == "absolute", self, "position_embedding_type", "'absolute'")
+        _require(self.layer_norm_eps > 0, self, "layer_norm_eps", "positive")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            _require(0.0 <= getattr(self, name) <= 1.0, self, name, "a probability")
+        _require(
+            self.problem_type in (None, "regression", "single_label_classification", "multi_label_classification"),
+            self,
+            "problem_type",
+            "regression, single_label_classification or multi_label_classification",
+        )
+        if self.pad_token_id is not None:
+            _require(0 <= self.pad_token_id < self.vocab_size, self, "pad_token_id", "inside the vocabulary")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_labels(self) -> int:
+        """Width of a classification head: the number of entries of `id2label`."""
+        return len(self.id2label)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BertConfig:
+        """Build from the contents of a `config.json`; `num_labels` without `id2label` gives LABEL_0, LABEL_1, ..."""
+        values = dict(values)
+        model_type = values.pop("model_type", "bert")
+        if model_type != "bert":
+            raise ValueError(f"model_type is {model_type!r}; bert_fast knows: bert")
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        num_labels = values.pop("num_labels", None)
+        if values.get("id2label") is None:
+            values.pop("id2label", None)
+            if num_labels is not None:
+                values["id2label"] = {index: f"LABEL_{index}" for index in range(num_labels)}
+        extra = {key: value for key, value in values.items() if key not in known}
+        return cls(**{key: value for key, value in values.items() if key in known}, extra=extra)
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> BertConfig:
+        """Read a `config.json`; ValueError when it is not a JSON object."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds a {type(values).__name__}, expected an object")
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a `config.json` that this class and transformers read back."""
+        values = dataclasses.asdict(self)
+        extra = values.pop("extra")
+        return {
+            **extra,
+            **values,
+            "model_type": "bert",
+            "id2label": {str(index): label for index, label in self.id2label.items()},
+            "label2id": {label: index for index, label in self.id2label.items()},
+        }
+
+
+def _require(condition: bool, config: BertConfig, name: str, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {getattr(config, name)!r}, expected {expected}")

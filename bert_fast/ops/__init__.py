@@ -1,0 +1,22 @@
+"""The steps of BERT, each with a plain definition and fused implementations for GPU (Triton) and CPU (C++)."""
+
+from bert_fast.ops._dispatch import FallbackWarning, Impl, Op, Selection, Traits, force
+from bert_fast.ops.attention import attention
+from bert_fast.ops.bias_gelu import bias_gelu
+from bert_fast.ops.embedding_layer_norm import embedding_layer_norm
+from bert_fast.ops.pooling import pooling
+from bert_fast.ops.residual_layer_norm import residual_layer_norm
+
+__all__ = [
+    "FallbackWarning",
+    "Impl",
+    "Op",
+    "Selection",
+    "Traits",
+    "attention",
+    "bias_gelu",
+    "embedding_layer_norm",
+    "force",
+    "pooling",
+    "residual_layer_norm",
+]

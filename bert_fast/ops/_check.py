@@ -1,0 +1,75 @@
+"""Checks shared by the public functions of the ops: each raises ValueError naming the argument and what it got."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def same_kind(op: str, **tensors: Tensor | None) -> None:
+    """All tensors given are floating point, on one device and of one dtype."""
+    lead_name, lead = next((n, t) for n, t in tensors.items() if t is not None)
+    if not lead.is_floating_point():
+        raise ValueError(f"{op}: {lead_name} is {lead.dtype}, expected a floating-point tensor")
+    device, dtype = lead.device, lead.dtype
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but {lead_name} is on {device}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{op}: {name} is {tensor.dtype} but {lead_name} is {dtype}")
+
+
+def shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """The tensor has exactly this shape."""
+    if tensor.shape != expected:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
+
+
+def ids_in_range(name: str, ids: Tensor, size: int) -> None:
+    """Every id is in [0, size); the message names the first one that is not, and where it stands."""
+    if ids.numel() == 0:
+        return
+    low, high = (int(v) for v in ids.aminmax())
+    if low < 0 or high >= size:
+        index = tuple(((ids < 0) | (ids >= size)).nonzero()[0].tolist())
+        where = index[0] if len(index) == 1 else index
+        raise ValueError(f"{name} {int(ids[index])} at index {where} is out of range [0, {size})")
+
+
+def cu_seqlens(op: str, offsets: Tensor, device: torch.device) -> None:
+    """`offsets` is int32 of shape (batch_size + 1,) on `device` (its values: `sequence_bounds`)."""
+    if offsets.dim() != 1 or offsets.numel() < 1 or offsets.dtype != torch.int32:
+        raise ValueError(
+            f"{op}: cu_seqlens is {offsets.dtype} of shape {tuple(offsets.shape)}, expected int32 (batch_size + 1,)"
+        )
+    if offsets.device != device:
+        raise ValueError(f"{op}: cu_seqlens is on {offsets.device} but its rows are on {device}")
+
+
+def sequence_bounds(op: str, offsets: Tensor, num_tokens: int) -> list[tuple[int, int]]:
+    """[start, end) of every sequence, read back from the device; the offsets are checked against `num_tokens`."""
+    values = offsets.tolist()
+    if values[0] != 0 or values[-1] != num_tokens:
+        raise ValueError(f"{op}: cu_seqlens runs from {values[0]} to {values[-1]}, expected 0 to {num_tokens} tokens")
+    bounds = list(pairwise(values))
+    for index, (start, end) in enumerate(bounds):
+        if end < start:
+            raise ValueError(f"{op}: cu_seqlens falls from {start} to {end} at index {index + 1}")
+    return bounds
+
+
+def choice(op: str, name: str, value: str, allowed: Iterable[str]) -> None:
+    """`value` is one of the allowed names."""
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(allowed)}")
+
+
+def probability(op: str, name: str, value: float) -> None:
+    """`value` is in [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{op}: {name} is {value}, expected a probability")

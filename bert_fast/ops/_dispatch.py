@@ -1,0 +1,274 @@
+"""Which implementation runs an op: a table, an ordered walk over it, and every refusal kept as a sentence.
+
+An `Op` owns its plain definition (`reference`) and an ordered tuple of `Impl`s. The choice depends on the device, the
+dtype and a few op-specific `Traits`; it is made once per combination and remembered.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Name of the plain definition among the implementations of an op.
+REFERENCE = "reference"
+
+FORCE_VARIABLE = "BERT_FAST_IMPL"
+
+_forced: str | None = os.environ.get(FORCE_VARIABLE) or None
+
+
+class FallbackWarning(UserWarning):
+    """A fused implementation was expected to run and could not; the plain definition runs instead."""
+
+
+class Traits(NamedTuple):
+    """What the choice depends on besides device and dtype."""
+
+    head_dim: int = 0  # attention only
+    dropout: bool = False
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One fused implementation of an op.
+
+    Attributes:
+        name: "triton" or "cpp".
+        device: device type it runs on, "cuda" or "cpu".
+        dtypes: dtypes it takes.
+        load: returns the callable; runs once, on first use; raises ImportError with the reason when it cannot.
+        limits: why it refuses the given traits, or None.
+    """
+
+    name: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    load: Callable[[], Callable[..., Any]]
+    limits: Callable[[Traits], str | None] = lambda traits: None
+
+    def refusal(self, device: str, dtype: torch.dtype, traits: Traits) -> str | None:
+        """Why this implementation does not serve the call, or None when it does."""
+        if device != self.device:
+            return f"runs on {self.device}, not on {device}"
+        if dtype not in self.dtypes:
+            return f"takes {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, not {dtype}".replace(
+                "torch.", ""
+            )
+        if traits.dropout:
+            return "has no dropout"
+        if reason := self.limits(traits):
+            return reason
+        try:
+            self.load()
+        except ImportError as error:
+            return f"cannot be loaded: {error}"
+        return None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of a choice: the name and callable that run, and why each one before it was refused."""
+
+    name: str
+    run: Callable[..., Any]
+    refusals: tuple[tuple[str, str], ...]
+
+
+class Op:
+    """One step of BERT: its definition, its fused implementations, its autograd and its form for `torch.compile`.
+
+    Args:
+        name: name of the op; registered as `torch.ops.bert_fast.<name>`.
+        schema: its arguments and result in the schema language of `torch.library`.
+        reference: the plain definition; takes the arguments of the schema in order, any dtype, differentiable.
+        fake: takes the same arguments and returns an empty result of the right shape and dtype.
+        check: takes the same arguments and raises ValueError for what no implementation may see.
+        impls: fused implementations, best first; each takes the same arguments.
+        lead: index of the tensor argument whose device and dtype decide.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        reference: Callable[..., Tensor],
+        fake: Callable[..., Tensor],
+        check: Callable[..., None],
+        impls: Sequence[Impl],
+        lead: int = 0,
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        self.check = check
+        self.impls = tuple(impls)
+        self.lead = lead
+        self._selections: dict[tuple[Any, ...], Selection] = {}
+        self._registered = _register(self, schema, fake)
+
+    def __call__(self, *args: Any, traits: Traits = Traits(), impl: str | None = None) -> Tensor:
+        """Run the op on the best implementation, or on the one named; differentiable."""
+        if torch.compiler.is_compiling() and impl is None:
+            return self.reference(*args) if traits.dropout else self._registered(*args)
+        self.check(*args)
+        lead = args[self.lead]
+        run = self.select(lead.device.type, lead.dtype, traits, impl).run
+        if run is self.reference:
+            return run(*args)
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return _Differentiable.apply(self, run, *args)
+        return run(*args)
+
+    def select(self, device: str, dtype: torch.dtype, traits: Traits = Traits(), impl: str | None = None) -> Selection:
+        """The implementation that serves `device` (a type: "cpu", "cuda"), `dtype` and `traits`.
+
+        Raises:
+            ValueError: `impl`, or the one forced by `force` or BERT_FAST_IMPL, is unknown or refuses.
+        """
+        wanted = impl or _forced
+        key = (device, dtype, traits, wanted)
+        selection = self._selections.get(key)
+        if selection is None:
+            selection = self._selections[key] = self._choose(device, dtype, traits, wanted)
+        return selection
+
+    def _choose(self, device: str, dtype: torch.dtype, traits: Traits, wanted: str | None) -> Selection:
+        names = [i.name for i in self.impls] + [REFERENCE]
+        if wanted is not None and wanted not in names:
+            raise ValueError(f"{self.name} has no implementation {wanted!r}; it has: {', '.join(names)}")
+        refusals: list[tuple[str, str]] = []
+        for impl in self.impls:
+            if wanted not in (None, impl.name):
+                refusals.append((impl.name, f"{wanted} is forced"))
+            elif reason := impl.refusal(device, dtype, traits):
+                refusals.append((impl.name, reason))
+            else:
+                return Selection(impl.name, impl.load(), tuple(refusals))
+        if wanted in (None, REFERENCE):
+            if wanted is None:
+                self._warn_of_fallback(device, dtype, refusals)
+            return Selection(REFERENCE, self.reference, tuple(refusals))
+        raise ValueError(f"{self.name}: {wanted} is forced but {dict(refusals)[wanted]}")
+
+    def _warn_of_fallback(self, device: str, dtype: torch.dtype, refusals: list[tuple[str, str]]) -> None:
+        """Say once why no fused implementation runs, where one exists for this device and is expected to.
+
+        float64 is the dtype of the truth: the plain definition is what a caller wants there.
+        """
+        if dtype == torch.float64:
+            return
+        for name, reason in refusals:
+            if any(impl.name == name and impl.device == device for impl in self.impls):
+                _warn_once(f"{name} {reason}", self.name)
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(reason: str, op: str) -> None:
+    """One warning per reason: a missing extension is one fact, not one per op."""
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"bert_fast: {reason} (first met in {op}); the plain PyTorch definition runs instead. "
+            "`bert-fast doctor` says more.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def force(name: str | None) -> Iterator[None]:
+    """Force every op of the process to the implementation `name` ("reference", "triton", "cpp"), or to none."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+class _Differentiable(torch.autograd.Function):
+    """A fused forward with the gradient of the definition: the backward recomputes the reference."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, run: Callable[..., Tensor], *args: Any) -> Tensor:
+        ctx.op = op
+        ctx.is_tensor = [isinstance(a, Tensor) for a in args]
+        ctx.others = [None if isinstance(a, Tensor) else a for a in args]
+        ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
+        return run(*args)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        args = [next(saved) if t else other for t, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+        return (None, None, *_reference_backward(ctx.op, grad, args, ctx.needs_input_grad[2:]))
+
+
+def _reference_backward(op: Op, grad: Tensor, args: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of `op.reference` at `args`, one per argument, None where not `needed`."""
+    wanted = [index for index, need in enumerate(needed) if need]
+
+    def of_wanted(*tensors: Tensor) -> Tensor:
+        full = list(args)
+        for index, tensor in zip(wanted, tensors, strict=True):
+            full[index] = tensor
+        return op.reference(*full)
+
+    # torch.func, not autograd.grad: inside a registered op the autograd dispatch keys are switched off.
+    _, vjp = torch.func.vjp(of_wanted, *(args[index] for index in wanted))
+    grads = iter(vjp(grad))
+    return [next(grads) if need else None for need in needed]
+
+
+def _register(op: Op, schema: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Register `bert_fast::<name>` and its backward, opaque to `torch.compile`, and return the op."""
+
+    def forward(*args: Any) -> Tensor:
+        op.check(*args)
+        lead = args[op.lead]
+        heads = Traits(head_dim=lead.shape[-1]) if op.name == "attention" else Traits()
+        return op.select(lead.device.type, lead.dtype, heads).run(*args)
+
+    registered = torch.library.custom_op(f"bert_fast::{op.name}", forward, mutates_args=(), schema=schema)
+    registered.register_fake(fake)
+
+    arguments = schema[: schema.rindex("->")].strip()
+    backward_schema = f"(Tensor grad, {arguments[1:]} -> Tensor[]"
+
+    def differentiable(args: Sequence[Any]) -> list[bool]:
+        return [isinstance(a, Tensor) and a.is_floating_point() for a in args]
+
+    def backward(grad: Tensor, *args: Any) -> list[Tensor]:
+        grads = _reference_backward(op, grad, args, differentiable(args))
+        return [g.clone() for g in grads if g is not None]  # a registered op may not return one tensor twice
+
+    registered_backward = torch.library.custom_op(
+        f"bert_fast::{op.name}_backward", backward, mutates_args=(), schema=backward_schema
+    )
+
+    @registered_backward.register_fake
+    def _(grad: Tensor, *args: Any) -> list[Tensor]:
+        return [torch.empty_like(a) for a, need in zip(args, differentiable(args), strict=True) if need]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.is_tensor = [isinstance(a, Tensor) for a in inputs]
+        ctx.others = [None if isinstance(a, Tensor) else a for a in inputs]
+        ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
+
+    def run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        args = [next(saved) if t else other for t, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+        grads = iter(registered_backward(grad, *args))
+        return tuple(next(grads) if need else None for need in differentiable(args))
+
+    registered.register_autograd(run_backward, setup_context=setup_context)
+    return registered

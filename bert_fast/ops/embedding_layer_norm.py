@@ -1,0 +1,164 @@
+"""dropout(LayerNorm(word + position + token type)): BERT's input representation (Devlin et al., 2018, figure 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bert_fast.ops import _check
+from bert_fast.ops._dispatch import Impl, Op, Traits
+
+
+def reference(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word_embeddings: Tensor,
+    position_embeddings: Tensor,
+    token_type_embeddings: Tensor,
+    weight: Tensor,
+    layer_norm_bias: Tensor,
+    eps: float,
+    dropout_p: float,
+) -> Tensor:
+    """The definition."""
+    hidden = (
+        F.embedding(input_ids, word_embeddings)
+        + F.embedding(token_type_ids, token_type_embeddings)
+        + F.embedding(position_ids, position_embeddings)
+    )
+    return F.dropout(F.layer_norm(hidden, hidden.shape[-1:], weight, layer_norm_bias, eps), dropout_p)
+
+
+def check(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word_embeddings: Tensor,
+    position_embeddings: Tensor,
+    token_type_embeddings: Tensor,
+    weight: Tensor,
+    layer_norm_bias: Tensor,
+    eps: float,
+    dropout_p: float,
+) -> None:
+    """ValueError for shapes, dtypes, devices or ids that no implementation takes."""
+    op = "embedding_layer_norm"
+    tables = {
+        "word_embeddings": word_embeddings,
+        "position_embeddings": position_embeddings,
+        "token_type_embeddings": token_type_embeddings,
+    }
+    _check.same_kind(op, **tables, weight=weight, layer_norm_bias=layer_norm_bias)
+    hidden_size = word_embeddings.shape[-1]
+    for name, table in tables.items():
+        if table.dim() != 2 or table.shape[1] != hidden_size:
+            raise ValueError(f"{op}: {name} has shape {tuple(table.shape)}, expected (rows, {hidden_size})")
+    for name, vector in (("weight", weight), ("layer_norm_bias", layer_norm_bias)):
+        _check.shape(op, name, vector, (hidden_size,))
+    for name, ids, table in (
+        ("input_ids", input_ids, word_embeddings),
+        ("position_ids", position_ids, position_embeddings),
+        ("token_type_ids", token_type_ids, token_type_embeddings),
+    ):
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{op}: {name} is {ids.dtype}, expected int64 or int32")
+        if ids.device != table.device:
+            raise ValueError(f"{op}: {name} is on {ids.device} but its table is on {table.device}")
+        _check.shape(op, name, ids, input_ids.shape)
+        _check.ids_in_range(name, ids, table.shape[0])
+    _check.probability(op, "dropout_p", dropout_p)
+
+
+def fake(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word_embeddings: Tensor,
+    position_embeddings: Tensor,
+    token_type_embeddings: Tensor,
+    weight: Tensor,
+    layer_norm_bias: Tensor,
+    eps: float,
+    dropout_p: float,
+) -> Tensor:
+    """Shape and dtype of the result."""
+    return word_embeddings.new_empty((*input_ids.shape, word_embeddings.shape[1]))
+
+
+def _load_triton() -> Callable[..., Tensor]:
+    from bert_fast.kernels.embedding_layer_norm import embedding_layer_norm
+
+    return embedding_layer_norm
+
+
+def _load_cpp() -> Callable[..., Tensor]:
+    from bert_fast._C import embedding_layer_norm
+
+    return embedding_layer_norm
+
+
+OP = Op(
+    "embedding_layer_norm",
+    "(Tensor input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word_embeddings,"
+    " Tensor position_embeddings, Tensor token_type_embeddings, Tensor weight, Tensor layer_norm_bias,"
+    " float eps, float dropout_p) -> Tensor",
+    reference=reference,
+    fake=fake,
+    check=check,
+    impls=(
+        Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton),
+        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp),
+    ),
+    lead=3,
+)
+
+
+def embedding_layer_norm(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word_embeddings: Tensor,
+    position_embeddings: Tensor,
+    token_type_embeddings: Tensor,
+    weight: Tensor,
+    layer_norm_bias: Tensor,
+    *,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    impl: str | None = None,
+) -> Tensor:
+    """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])).
+
+    Args:
+        input_ids, position_ids, token_type_ids: one shape (...), int64 or int32.
+        word_embeddings, position_embeddings, token_type_embeddings: (rows, hidden_size) tables.
+        weight, layer_norm_bias: (hidden_size,), gain and bias of the LayerNorm.
+        eps: added to the variance.
+        dropout_p: probability of zeroing an element of the result; 0 in evaluation.
+        impl: force "triton", "cpp" or "reference"; ValueError when it cannot serve the call.
+
+    Returns:
+        (..., hidden_size), contiguous, in the tables' dtype. Statistics are taken in float32 or wider.
+
+    Raises:
+        ValueError: an id is outside its table (the message gives its index and value), or shapes, dtypes or devices
+            do not match.
+    """
+    return OP(
+        input_ids,
+        position_ids,
+        token_type_ids,
+        word_embeddings,
+        position_embeddings,
+        token_type_embeddings,
+        weight,
+        layer_norm_bias,
+        eps,
+        dropout_p,
+        traits=Traits(dropout=dropout_p > 0),
+        impl=impl,
+    )

@@ -224,7 +224,7 @@ def _reference_backward(op: Op, grad: Tensor, args: Sequence[Any], needed: Seque
         return op.reference(*full)
 
     # torch.func, not autograd.grad: inside a registered op the autograd dispatch keys are switched off.
-    _, vjp = torch.func.vjp(of_wanted, *(args[index] for index in wanted))
+    _, vjp, *_ = torch.func.vjp(of_wanted, *(args[index] for index in wanted))
     grads = iter(vjp(grad))
     return [next(grads) if need else None for need in needed]
 

@@ -90,7 +90,8 @@ def pooling(hidden: Tensor, cu_seqlens: Tensor, *, mode: str = "mean", impl: str
         impl: force "triton", "cpp" or "reference"; ValueError when it cannot serve the call.
 
     Returns:
-        (batch_size, hidden_size) in hidden's dtype; zeros for a sequence without tokens. Sums are taken in float32 or wider.
+        (batch_size, hidden_size) in hidden's dtype; zeros for a sequence without tokens. Sums are taken in float32 or
+        wider.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match, or the mode is unknown.

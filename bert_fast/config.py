@@ -8,16 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-#: Activations of the feed-forward block, by the name a checkpoint's ``hidden_act`` gives them.
-#: The value is how `torch.nn.functional.gelu` spells it, or None for the ones that are not GELU.
-ACTIVATIONS: dict[str, str | None] = {
-    "gelu": "none",  # the erf form
-    "gelu_new": "tanh",  # Google's own code, and ALBERT
-    "gelu_pytorch_tanh": "tanh",
-    "relu": None,
-    "silu": None,
-    "tanh": None,
-}
+from bert_fast.activation import ACTIVATIONS
 
 
 @dataclass

@@ -152,35 +152,30 @@ class Op:
                 return Selection(impl.name, impl.load(), tuple(refusals))
         if wanted in (None, REFERENCE):
             if wanted is None:
-                self._warn_of_fallback(device, dtype, refusals)
+                self._warn_of_refusals(device, dtype, refusals)
             return Selection(REFERENCE, self.reference, tuple(refusals))
         raise ValueError(f"{self.name}: {wanted} is forced but {dict(refusals)[wanted]}")
 
-    def _warn_of_fallback(self, device: str, dtype: torch.dtype, refusals: list[tuple[str, str]]) -> None:
-        """Say once why no fused implementation runs, where one exists for this device and is expected to.
+    def _warn_of_refusals(self, device: str, dtype: torch.dtype, refusals: list[tuple[str, str]]) -> None:
+        """Say why no fused implementation runs where one exists for the device; a reason shared by ops is said once.
 
         float64 is the dtype of the truth: the plain definition is what a caller wants there.
         """
-        if dtype == torch.float64:
-            return
         for name, reason in refusals:
-            if any(impl.name == name and impl.device == device for impl in self.impls):
-                _warn_once(f"{name} {reason}", self.name)
+            if dtype != torch.float64 and any(i.name == name and i.device == device for i in self.impls):
+                warn_of_fallback(
+                    f"{name} {reason}; the plain PyTorch definition runs instead (`bert-fast doctor` says more)"
+                )
 
 
 _warned: set[str] = set()
 
 
-def _warn_once(reason: str, op: str) -> None:
-    """One warning per reason: a missing extension is one fact, not one per op."""
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(
-            f"bert_fast: {reason} (first met in {op}); the plain PyTorch definition runs instead. "
-            "`bert-fast doctor` says more.",
-            FallbackWarning,
-            stacklevel=2,
-        )
+def warn_of_fallback(sentence: str) -> None:
+    """Warn, once per sentence, that something runs on the plain definition."""
+    if sentence not in _warned:
+        _warned.add(sentence)
+        warnings.warn(f"bert_fast: {sentence}", FallbackWarning, stacklevel=3)
 
 
 @contextmanager

@@ -1,0 +1,57 @@
+# Two commands do everything on a fresh Linux machine with Python >= 3.10 and g++:
+#   make demo   the main job on a real model
+#   make test   the tests
+PYTHON ?= python3
+BIN := .venv/bin
+# One version that CPU machines get without CUDA packages where an index offers it.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test test-slow check bench dev extension format clean
+
+demo: .venv/demo extension
+	@$(BIN)/python -m bert_fast.demo
+
+test: .venv/dev extension
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: .venv/dev extension
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp')
+
+bench: .venv/dev extension
+	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+dev: .venv/dev extension
+
+format: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp')
+
+# The environment, in three steps, each done once.
+.venv/base: setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy pybind11 ninja
+	@touch $@
+
+.venv/demo: .venv/base
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo]"
+	@touch $@
+
+.venv/dev: .venv/base
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+# Incremental: only what changed is compiled.
+extension: .venv/base
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+clean:
+	rm -rf .venv build dist *.egg-info bert_fast/_C*.so

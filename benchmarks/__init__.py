@@ -1,0 +1,1 @@
+"""What bert_fast is measured on, and by what."""

@@ -1,0 +1,53 @@
+"""The one list of shapes: every benchmark takes its models and batches from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bert_fast.config import BertConfig
+
+MINILM_L6 = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
+BERT_BASE = BertConfig()
+BERT_LARGE = BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+
+
+@dataclass(frozen=True)
+class ModelCases:
+    """A model and the batches it is timed on (`bert_fast.benchmarking.parse_case` reads them).
+
+    Attributes:
+        title: what tables call it.
+        source: checkpoint with the real weights, or a configuration that gets random ones.
+        cases: the batches.
+    """
+
+    title: str
+    source: str | BertConfig
+    cases: tuple[str, ...]
+
+
+#: Per model: one short text, one long, a full batch where nothing is padding, and lengths as texts have them.
+MODELS = {
+    "minilm": ModelCases("MiniLM-L6", "demo", ("1x16", "1x128", "32x128", "mix32")),
+    "base": ModelCases("BERT-base", BERT_BASE, ("1x16", "1x128", "16x128", "mix16")),
+    "large": ModelCases("BERT-large", BERT_LARGE, ("1x128", "mix8")),
+}
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """Sizes at which single ops are timed: those of a model, on a batch; and why these."""
+
+    model: str
+    config: BertConfig
+    case: str
+    reason: str
+
+
+OP_CASES = (
+    OpCase("minilm", MINILM_L6, "1x16", "one query: the cost of a call shows"),
+    OpCase("minilm", MINILM_L6, "mix32", "ragged: sequences of very different lengths share the cores"),
+    OpCase("minilm", MINILM_L6, "32x128", "full batch, head_dim 32: activations of several megabytes"),
+    OpCase("base", BERT_BASE, "16x128", "hidden_size 768, head_dim 64: the sizes of most checkpoints"),
+    OpCase("base", BERT_BASE, "2x512", "the longest sequences: attention outweighs the rest"),
+)

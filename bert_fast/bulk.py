@@ -1,0 +1,177 @@
+"""Texts from files, vectors to files, and search over them: what the command line does with an `Embedder`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bert_fast.embedder import Embedder, progress_bar
+
+STDIN = "-"
+
+
+def read_texts(path: str, text_field: str | None = None) -> Iterator[str]:
+    """The texts of a file, one a line, UTF-8; `-` is stdin.
+
+    Args:
+        path: of a text file, or of JSON lines if it ends in `.jsonl`.
+        text_field: key of the text in JSON lines; "text" when not given. Given, it makes any file JSON lines.
+
+    Raises:
+        ValueError: a line is not UTF-8, not a JSON object, or has no such text; the message gives its number.
+        OSError: the file cannot be read.
+    """
+    as_json = text_field is not None or path.endswith(".jsonl")
+    with nullcontext(sys.stdin.buffer) if path == STDIN else open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{'stdin' if path == STDIN else path}, line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where} is not UTF-8: {error}") from error
+            yield _field(text, text_field or "text", where) if as_json else text
+
+
+def _field(line: str, name: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is a JSON {type(record).__name__}, expected an object")
+    if name not in record:
+        raise ValueError(f"{where} has no field {name!r}; it has: {', '.join(record)}")
+    if not isinstance(record[name], str):
+        raise ValueError(f"{where}: field {name!r} is a {type(record[name]).__name__}, expected a string")
+    return record[name]
+
+
+class Summary(NamedTuple):
+    """What `embed_file` did."""
+
+    output: Path
+    num_texts: int
+    dimension: int
+    num_tokens: int
+    num_truncated: int
+    max_seq_length: int
+    seconds: float
+
+    def __str__(self) -> str:
+        cut = f"{self.num_truncated:,} cut at {self.max_seq_length} tokens" if self.num_truncated else "none cut"
+        return (
+            f"{self.output}: {self.num_texts:,} vectors of {self.dimension} float32\n"
+            f"{self.num_tokens:,} tokens in {self.seconds:.2f} s, {self.num_tokens / self.seconds:,.0f} tokens/s; "
+            f"of the texts, {cut}"
+        )
+
+
+def embed_file(
+    model: str,
+    source: str,
+    output: Path,
+    *,
+    text_field: str | None = None,
+    batch_size: int = 32,
+    normalize: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> Summary:
+    """Write the vectors of the texts of `source` to `output`, a .npy file that appears whole or not at all.
+
+    Raises:
+        ValueError: there is no text, or the model or a line cannot be read.
+        OSError: a file cannot be read or written.
+    """
+    if not output.parent.is_dir():
+        raise ValueError(f"there is no folder {output.parent} for the output")
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder, expected the name of a file")
+    texts = read_texts(source, text_field)
+    first = next(texts, None)  # a source that cannot be read is found before a model is loaded
+    if first is None:
+        raise ValueError(f"{'stdin' if source == STDIN else source} is empty: there is nothing to embed")
+    embedder = Embedder(model, dtype=dtype, device=device)
+    started = time.perf_counter()
+    vectors, num_tokens, num_truncated = [], 0, 0
+    with progress_bar(None) as progress:
+        for tokens, batch in embedder.encode_batches(_chain(first, texts), embedder.prompt(), batch_size):
+            batch = torch.nn.functional.normalize(batch, dim=1) if normalize else batch
+            vectors.append(batch.cpu().numpy())
+            num_tokens += len(tokens.input_ids)
+            num_truncated += tokens.num_truncated
+            progress.update(len(batch))
+    seconds = time.perf_counter() - started
+    array = np.concatenate(vectors)
+    with _written_at_once(output) as file:
+        np.save(file, array)
+    return Summary(output, *array.shape, num_tokens, num_truncated, embedder.max_seq_length, seconds)
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+@contextmanager
+def _written_at_once(path: Path) -> Iterator[IO[Any]]:
+    """A file that takes the place of `path` when the block ends well, and leaves nothing when it does not."""
+    writing = path.with_name(f".{path.name}.{uuid.uuid4().hex}.writing")
+    try:
+        with open(writing, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(writing, path)
+    finally:
+        writing.unlink(missing_ok=True)
+
+
+def nearest(
+    embedder: Embedder, corpus: Sequence[str], queries: Sequence[str], top_k: int, batch_size: int = 32
+) -> list[list[tuple[float, int]]]:
+    """For each query, cosine and index of the texts nearest to it, best first, at most `top_k`.
+
+    The folder's prompts `query` and `document` are put before the texts where it has them.
+    """
+
+    def encode(texts: Sequence[str], kind: str) -> Tensor:
+        prompt_name = kind if kind in embedder.recipe.prompts else None
+        return embedder.encode(texts, prompt_name=prompt_name, batch_size=batch_size, convert_to_tensor=True)
+
+    scores = embedder.similarity(encode(queries, "query"), encode(corpus, "document"))
+    best = scores.topk(min(top_k, len(corpus)), dim=1)
+    return [
+        list(zip(values, indices, strict=True))
+        for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+
+
+def format_hits(
+    queries: Sequence[str],
+    hits: Sequence[Sequence[tuple[float, int]]],
+    lines: Sequence[tuple[int, str]],
+    width: int | None = None,
+) -> str:
+    """The results of `nearest` as tables of score, line number and text, cut to `width` columns if given."""
+    blocks = []
+    for query, found in zip(queries, hits, strict=True):
+        rows = [f"{query}", "  score   line  text"]
+        rows += [f"  {score:5.3f} {lines[index][0]:>6}  {lines[index][1]}" for score, index in found]
+        blocks.append("\n".join(_cut(row, width) for row in rows))
+    return "\n\n".join(blocks)
+
+
+def _cut(row: str, width: int | None) -> str:
+    return row if width is None or len(row) <= width else row[: width - 1] + "…"

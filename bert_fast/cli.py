@@ -1,0 +1,191 @@
+"""The command `bert-fast`: parses, calls the library, prints. Heavy imports happen inside the command that needs them.
+
+Exit codes: 0 done, 1 a check failed, 2 bad input (one line on stderr says what), 130 interrupted, 141 nobody reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bert_fast import __version__
+
+app = typer.Typer(
+    help="A fast BERT: sentence vectors, search, and proof that the answers are right.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="A folder, a Hub id, or demo (all-MiniLM-L6-v2).", show_default=False)]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="the checkpoint's own")
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="a GPU if there is one")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts per run of the model.")]
+TextField = Annotated[
+    str | None,
+    typer.Option(help="Key of the text in JSON lines, which a .jsonl file has.", show_default="text"),
+]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command that ends as the exit codes above say, without a traceback where the input is to blame."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        try:
+            function(*args, **kwargs)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+            raise typer.Exit(128 + signal.SIGPIPE) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(128 + signal.SIGINT) from None
+        except ModuleNotFoundError as error:
+            _fail(f'{error.name} is not installed; it comes with: pip install "bert_fast[demo,bench]"')
+        except OSError as error:
+            _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        except ValueError as error:
+            _fail(str(error))
+
+    return app.command()(guarded)
+
+
+def _fail(reason: str) -> None:
+    print(f"bert-fast: {' '.join(reason.split())}", file=sys.stderr)
+    raise typer.Exit(2) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"bert-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """A fast BERT: sentence vectors, search, and proof that the answers are right."""
+
+
+@command
+def embed(
+    model: Model,
+    input: Annotated[str, typer.Option("--input", "-i", help="One text a line, or JSON lines; - is stdin.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the vectors go, as a NumPy .npy file.")],
+    text_field: TextField = None,
+    batch_size: BatchSize = 32,
+    normalize: Annotated[
+        bool, typer.Option("--normalize/--no-normalize", help="Scale the vectors to length 1, if the model does not.")
+    ] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Write the vectors of the texts in a file: row i is line i."""
+    from bert_fast.bulk import embed_file
+
+    summary = embed_file(
+        model,
+        input,
+        output,
+        text_field=text_field,
+        batch_size=batch_size,
+        normalize=normalize,
+        dtype=dtype,
+        device=device,
+    )
+    print(summary)
+
+
+@command
+def search(
+    model: Model,
+    corpus: Annotated[str, typer.Option("--corpus", "-c", help="One text a line, or JSON lines; - is stdin.")],
+    query: Annotated[list[str], typer.Option("--query", "-q", help="What to look for; may be given several times.")],
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Results per query.")] = 5,
+    text_field: TextField = None,
+    batch_size: BatchSize = 32,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Print the lines of a file that are nearest in meaning to each query."""
+    from bert_fast.bulk import format_hits, nearest, read_texts
+    from bert_fast.embedder import Embedder
+
+    lines = [(number, text) for number, text in enumerate(read_texts(corpus, text_field), 1) if text.strip()]
+    if not lines:
+        raise ValueError(f"{corpus} holds no text to search")
+    embedder = Embedder(model, dtype=dtype, device=device)
+    hits = nearest(embedder, [text for _, text in lines], query, top_k, batch_size)
+    width = os.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(format_hits(query, hits, lines, width))
+
+
+@command
+def verify(
+    model: Model,
+    input: Annotated[
+        str | None,
+        typer.Option("--input", "-i", help="Texts to run, one a line.", show_default="sentences of the package"),
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Compare every layer with the plain definition in float64; exit 1 if the fast error is out of bounds."""
+    from bert_fast.bulk import read_texts
+    from bert_fast.verify import verify
+
+    report = verify(model, None if input is None else list(read_texts(input)), dtype=dtype, device=device)
+    print(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@command
+def info(model: Model) -> None:
+    """Say what a checkpoint is: its shape, size, pooling, tokenizer and files."""
+    from bert_fast.info import describe
+
+    print(describe(model))
+
+
+@command
+def doctor() -> None:
+    """Say what this machine has, which implementation each op runs, and why the others were refused."""
+    from bert_fast.doctor import diagnose
+
+    print(diagnose())
+
+
+@command
+def bench(
+    model: Model = "demo",
+    case: Annotated[
+        list[str], typer.Option("--case", help="A batch: 32x128 is 32 texts of 128 tokens, mix32 is 32 of mixed lengths.")
+    ] = ["1x16", "32x128", "mix32"],  # noqa: B006
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="as torch has them")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Samples of each contender.")] = 7,
+) -> None:
+    """Time a checkpoint against transformers (SDPA), side by side, on the CPU."""
+    from bert_fast.benchmarking import WrongAnswerError, bench_model, format_table
+
+    try:
+        print(format_table(bench_model(model, case, dtype, threads, repeats)))
+    except WrongAnswerError as error:
+        print(f"bert-fast: not timed, the answers differ: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None

@@ -1,0 +1,197 @@
+"""The drop-in: somebody's transformers or sentence-transformers model, run on the ops.
+
+`accelerate` gives the `BertModel` inside another class, with another `forward`; its parameters, modules and everything
+that looks at them stay what they were.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from bert_fast import ops
+from bert_fast.activation import ACTIVATIONS
+from bert_fast.inputs import BertInputs
+from bert_fast.modules import encode, first_tokens, obstacle
+
+_MODELING = "transformers.models.bert.modeling_bert"
+
+HOSTS = (
+    "BertModel",
+    "BertForPreTraining",
+    "BertForMaskedLM",
+    "BertForNextSentencePrediction",
+    "BertForSequenceClassification",
+    "BertForMultipleChoice",
+    "BertForTokenClassification",
+    "BertForQuestionAnswering",
+)
+
+#: Arguments of a call that change nothing in an encoder, and what transformers' collators pass beside `cu_seq_lens_q`.
+_IGNORED = frozenset({"use_cache", "num_items_in_batch", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Run a model's BERT on the fused ops, in place.
+
+    The model keeps its class, signature, outputs, `state_dict` and the very same parameters. Two things differ from
+    the plain path: positions that `attention_mask` hides come back as zeros, and the pooler reads the first token that
+    the mask keeps (the first position, unless the batch is padded on the left). Calls that the ops do not serve, such
+    as `output_attentions=True`, run the plain path.
+
+    Args:
+        model: a transformers `BertModel` or `BertFor*`, or a sentence-transformers `SentenceTransformer` or
+            `CrossEncoder` that holds one.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: the model is not one of these; the message lists them.
+        ValueError: the model is one of these but is set up as something else than an encoder.
+    """
+    berts = _berts(model)
+    for bert in berts:
+        _check_config(bert.config)
+    for bert in berts:
+        bert.__class__ = _fast_class()
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `accelerate`, in place, and return the model; one that is not accelerated stays as it is.
+
+    Raises:
+        TypeError: `accelerate` does not know the model.
+    """
+    for bert in _berts(model):
+        bert.__class__ = _fast_class().__base__
+    return model
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether `accelerate` has been applied to the model or to a BERT inside it."""
+    return any(type(bert) is _fast_class() for bert in _berts(model))
+
+
+def _berts(model: nn.Module) -> list[Any]:
+    """The transformers `BertModel`s of a model that `accelerate` knows."""
+    modeling = sys.modules.get(_MODELING)
+    if modeling is not None:
+        classes = {modeling.BertModel, _fast_class()}
+        if type(model) in classes:
+            return [model]
+        hosts = tuple(getattr(modeling, name) for name in HOSTS[1:])
+        if isinstance(model, hosts) or _is_sentence_transformer(model):
+            berts = [part for part in model.modules() if type(part) in classes]
+            if berts:
+                return berts
+    raise TypeError(
+        f"bert_fast.accelerate does not know {type(model).__module__}.{type(model).__name__}; it knows transformers' "
+        f"{', '.join(HOSTS)}, and sentence-transformers' SentenceTransformer and CrossEncoder holding one of them"
+    )
+
+
+def _is_sentence_transformer(model: nn.Module) -> bool:
+    library = sys.modules.get("sentence_transformers")
+    return library is not None and isinstance(model, library.SentenceTransformer | library.CrossEncoder)
+
+
+def _check_config(config: Any) -> None:
+    if config.is_decoder or config.add_cross_attention:
+        raise ValueError("the model is a decoder (is_decoder or add_cross_attention); bert_fast runs encoders")
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act is {config.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}")
+
+
+@functools.cache
+def _fast_class() -> type[Any]:
+    """transformers' `BertModel` with another `forward`.
+
+    It goes by the same name and module, because transformers looks classes up by theirs (the `architectures` of a saved
+    config, the registry of what `output_attentions` records); so pickling has to be told what to build.
+    """
+    plain = sys.modules[_MODELING].BertModel
+
+    class FastBertModel(plain):  # type: ignore[misc, valid-type]
+        @functools.wraps(plain.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = _forward(self, *args, **kwargs)
+            return plain.forward(self, *args, **kwargs) if output is None else output
+
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            state = super().__reduce_ex__(protocol)[2]
+            return _blank, (), state
+
+    FastBertModel.__name__ = FastBertModel.__qualname__ = plain.__name__
+    FastBertModel.__module__ = plain.__module__
+    return FastBertModel
+
+
+def _blank() -> Any:
+    """An accelerated model without its state, for pickle and copy."""
+    import transformers.models.bert.modeling_bert  # noqa: F401  a fresh process may not have it yet
+
+    return object.__new__(_fast_class())
+
+
+@functools.cache
+def _known_types(hidden_act: str) -> frozenset[type]:
+    """The exact classes below a transformers `BertModel` that the ops replace."""
+    from transformers.activations import ACT2FN
+
+    names = ("Embeddings", "Encoder", "Layer", "Attention", "SelfAttention", "SelfOutput", "Intermediate", "Output")
+    modeling = sys.modules[_MODELING]
+    return frozenset({getattr(modeling, f"Bert{name}") for name in names} | {type(ACT2FN[hidden_act])})
+
+
+def _forward(
+    bert: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = None,
+    return_dict: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The output of a call that the ops serve, or None for one that the plain path must run."""
+    config = bert.config
+    unserved = (inputs_embeds, encoder_hidden_states, encoder_attention_mask, past_key_values)
+    asked = {"output_attentions": config.output_attentions, "output_hidden_states": config.output_hidden_states}
+    asked.update((name, value) for name, value in kwargs.items() if name not in _IGNORED)
+    if input_ids is None or any(value is not None for value in unserved) or any(_is_asked(v) for v in asked.values()):
+        return None
+    if attention_mask is not None and attention_mask.dim() > 2:
+        return None
+    if bert.training and bert.is_gradient_checkpointing:
+        return None
+    known = _known_types(config.hidden_act)
+    for part in (bert.embeddings, bert.encoder):
+        if reason := obstacle(part, known, harmless_hooks="transformers.utils.output_capturing"):
+            ops.warn_of_fallback(f"transformers' own path runs instead of the fast one: {reason}")
+            return None
+
+    inputs = BertInputs(input_ids, attention_mask, token_type_ids, position_ids, cu_seq_lens_q=cu_seq_lens_q)
+    ragged, padding = inputs.checked(config).to_ragged()
+    rows = encode(bert, ragged, config.hidden_act, config.num_attention_heads)
+    pooled = None if bert.pooler is None else bert.pooler(first_tokens(rows, ragged)[:, None])
+
+    from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+    output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=padding.pad(rows), pooler_output=pooled)
+    return_dict = config.return_dict if return_dict is None else return_dict
+    return output if return_dict else output.to_tuple()
+
+
+def _is_asked(value: Any) -> bool:
+    """Whether an optional argument asks for anything; a selection of layers, `[0, -1]`, does."""
+    return value is not None and value is not False

@@ -1,0 +1,309 @@
+"""Sentence vectors: what a sentence-transformers folder describes, computed without padding."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bert_fast import ops
+from bert_fast.folders import read_json, resolve
+from bert_fast.loading import build, read_config, read_state_dict
+from bert_fast.ops.pooling import MODES
+from bert_fast.tokenization import TokenBatch, Tokenizer
+
+#: sentence-transformers' modules that `Embedder` understands, in the order they must stand.
+MODULES = ("Transformer", "Pooling", "Normalize")
+
+#: The keys of older pooling configurations, in the order in which sentence-transformers joins their vectors.
+OLD_POOLING_KEYS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+#: Seconds of work after which a progress bar appears.
+PROGRESS_DELAY = 2.0
+
+
+class TruncationWarning(UserWarning):
+    """Texts were longer than the model takes, and lost their ends."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a folder says its vectors are made.
+
+    Attributes:
+        transformer: the folder of the BERT and its tokenizer.
+        pooling_modes: of `ops.pooling`; the vectors of several are joined.
+        include_prompt: whether the tokens of a prompt are pooled with the rest.
+        normalize: scale the vectors to length 1.
+        max_seq_length: the most tokens of a text, or None where the folder does not say.
+        do_lower_case: lower-case the text before the tokenizer sees it.
+        prompts: texts put before every sentence, by name.
+        default_prompt_name: the one used when the caller names none.
+    """
+
+    transformer: Path
+    pooling_modes: tuple[str, ...] = ("mean",)
+    include_prompt: bool = True
+    normalize: bool = False
+    max_seq_length: int | None = None
+    do_lower_case: bool = False
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Recipe:
+        """From a sentence-transformers folder; a plain checkpoint means the mean of its tokens, as it does there.
+
+        Raises:
+            ValueError: a module or pooling mode is unknown; the message lists those known.
+        """
+        if not (folder / "modules.json").is_file():
+            return cls(transformer=folder)
+        modules = _modules(folder)
+        transformer = folder / modules["Transformer"]
+        pooling = read_json(folder / modules["Pooling"] / "config.json")
+        sentence = _optional_json(transformer / "sentence_bert_config.json")
+        settings = _optional_json(folder / "config_sentence_transformers.json")
+        return cls(
+            transformer=transformer,
+            pooling_modes=_pooling_modes(pooling, folder),
+            include_prompt=pooling.get("include_prompt", True),
+            normalize="Normalize" in modules,
+            max_seq_length=sentence.get("max_seq_length"),
+            do_lower_case=sentence.get("do_lower_case", False),
+            prompts=settings.get("prompts") or {},
+            default_prompt_name=settings.get("default_prompt_name"),
+        )
+
+
+def _modules(folder: Path) -> dict[str, str]:
+    """The path of each module in modules.json by the last part of its type."""
+    path = folder / "modules.json"
+    try:
+        modules = [(entry["type"], entry["path"]) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a list of modules with a type and a path: {error!r}") from error
+    for module_type, _ in modules:
+        package, _, rest = module_type.partition(".")
+        if package != "sentence_transformers" or rest.rpartition(".")[2] not in MODULES:
+            known = ", ".join(MODULES)
+            raise ValueError(f"{path} has a module {module_type}; those known are sentence_transformers' {known}")
+    names = tuple(module_type.rpartition(".")[2] for module_type, _ in modules)
+    if names not in (MODULES, MODULES[:2]):
+        raise ValueError(f"{path} has the modules {', '.join(names)}; expected {', '.join(MODULES)}")
+    return {name: place for name, (_, place) in zip(names, modules, strict=True)}
+
+
+def _pooling_modes(config: dict[str, Any], folder: Path) -> tuple[str, ...]:
+    """From the new key `pooling_mode` or the old ones."""
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [mode for key, mode in OLD_POOLING_KEYS.items() if config.get(key)] or ["mean"]
+    modes = (modes,) if isinstance(modes, str) else tuple(modes)
+    for mode in modes:
+        if mode not in MODES:
+            raise ValueError(f"{folder} asks for pooling {mode!r}, expected one of {', '.join(MODES)}")
+    if "weightedmean" in modes and not config.get("include_prompt", True):
+        raise ValueError(f"{folder} asks for pooling 'weightedmean' without the prompt, which is not supported")
+    return modes
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+class Embedder:
+    """Texts to vectors, as `SentenceTransformer` makes them. Safe to call from several threads.
+
+    Args:
+        path_or_id: a sentence-transformers folder or a plain BERT checkpoint; a Hub id; or `demo`.
+        device: where the model runs; None for a GPU if there is one.
+        dtype: of the model's weights; None keeps the checkpoint's own.
+        max_seq_length: the most tokens of a text; None for what the folder says. Longer texts lose their end.
+        revision, local_files_only, allow_pickle: as in `from_pretrained`.
+
+    Raises:
+        ValueError: the checkpoint is not found, is damaged, or describes something else; the message says what.
+    """
+
+    def __init__(
+        self,
+        path_or_id: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        max_seq_length: int | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        allow_pickle: bool = False,
+    ) -> None:
+        from bert_fast.modules import BertModel
+
+        folder = resolve(path_or_id, revision=revision, local_files_only=local_files_only, allow_pickle=allow_pickle)
+        self.recipe = Recipe.read(folder)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        config = read_config(self.recipe.transformer)
+        state = read_state_dict(self.recipe.transformer, allow_pickle=allow_pickle)
+        self.model = build(BertModel, config, state, dtype=dtype, device=self.device)
+        self.tokenizer = Tokenizer.from_pretrained(self.recipe.transformer, lowercase=self.recipe.do_lower_case)
+        positions = config.max_position_embeddings
+        if max_seq_length is not None and not 2 < max_seq_length <= positions:
+            raise ValueError(
+                f"max_seq_length is {max_seq_length}, expected from 3 to {positions}, the model's positions"
+            )
+        asked = max_seq_length or self.recipe.max_seq_length or self.tokenizer.model_max_length or positions
+        #: The most tokens of a text, special tokens included.
+        self.max_seq_length = min(asked, positions)
+        #: Length of a vector.
+        self.dimension = config.hidden_size * len(self.recipe.pooling_modes)
+
+    def encode(
+        self,
+        sentences: str | Iterable[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        precision: str = "float32",
+        **unknown: Any,
+    ) -> NDArray[np.float32] | Tensor | list[Tensor]:
+        """Vectors of sentences, with the arguments and results of `SentenceTransformer.encode`.
+
+        Texts longer than `max_seq_length` are cut; one `TruncationWarning` per call says how many.
+
+        Args:
+            sentences: one text, or any iterable of them, a generator too.
+            prompt_name: of the folder's prompts, the one to put before every text.
+            prompt: a text to put before every text, whatever `prompt_name` says.
+            batch_size: texts per run of the model.
+            show_progress_bar: None shows one on a terminal, for work of more than two seconds.
+            convert_to_numpy: return an array; otherwise a list of tensors.
+            convert_to_tensor: return one tensor, on the model's device.
+            normalize_embeddings: scale the vectors to length 1.
+            truncate_dim: keep only the first so many components, before that scaling.
+            precision: "float32".
+
+        Returns:
+            float32 (num_sentences, dimension); (dimension,) for one text. Without sentences, (0, dimension).
+
+        Raises:
+            ValueError: an element is not a text (the message gives its index and type), a prompt is unknown, or an
+                argument has no meaning here.
+        """
+        if unknown:
+            valid = [name for name in self.encode.__annotations__ if name not in ("return", "unknown")]
+            raise ValueError(f"encode does not take {', '.join(unknown)}; it takes {', '.join(valid)}")
+        if precision != "float32":
+            raise ValueError(f"precision is {precision!r}, expected 'float32'")
+        if truncate_dim is not None and not 0 < truncate_dim <= self.dimension:
+            raise ValueError(f"truncate_dim is {truncate_dim}, expected from 1 to {self.dimension}")
+        is_one = isinstance(sentences, str)
+        texts = [sentences] if isinstance(sentences, str) else sentences
+        vectors, num_texts, num_truncated = [], 0, 0
+        total = len(texts) if hasattr(texts, "__len__") else None
+        with progress_bar(total, show_progress_bar) as progress:
+            for tokens, batch in self.encode_batches(texts, self.prompt(prompt, prompt_name), batch_size):
+                batch = batch[:, :truncate_dim]
+                if normalize_embeddings:
+                    batch = F.normalize(batch, dim=1)
+                vectors.append(batch if convert_to_tensor or not convert_to_numpy else batch.cpu())
+                num_texts += len(tokens.lengths)
+                num_truncated += tokens.num_truncated
+                progress.update(len(tokens.lengths))
+        if num_truncated:
+            of = f"{num_truncated} of {num_texts} texts have more than {self.max_seq_length} tokens and were cut"
+            warnings.warn(of, TruncationWarning, stacklevel=2)
+        width = min(truncate_dim or self.dimension, self.dimension)
+        result = torch.cat(vectors) if vectors else torch.empty((0, width), device=self.device)
+        if is_one:
+            result = result[0]
+        if convert_to_tensor:
+            return result
+        if convert_to_numpy:
+            return result.cpu().numpy()
+        return result if is_one else list(result)
+
+    def encode_batches(
+        self, texts: Iterable[str], prompt: str = "", batch_size: int = 32
+    ) -> Iterator[tuple[TokenBatch, Tensor]]:
+        """The vectors batch by batch, beside the tokens they are made of; holds one batch at a time.
+
+        Args:
+            texts: any iterable.
+            prompt: put before every text.
+            batch_size: texts per run of the model.
+
+        Yields:
+            The tokens, and float32 (batch_size, dimension) on the model's device.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        prompt_length = 0
+        if prompt and not self.recipe.include_prompt:
+            prompt_length = int(self.tokenizer([prompt]).lengths[0]) - 1  # without its [SEP]
+        texts, first = iter(texts), 0
+        while chunk := list(islice(texts, batch_size)):
+            for index, text in enumerate(chunk, first):
+                if not isinstance(text, str):
+                    raise ValueError(f"sentences[{index}] is a {type(text).__name__}, expected a str")
+            first += len(chunk)
+            tokens = self.tokenizer([prompt + text for text in chunk], self.max_seq_length)
+            yield tokens, self.embed(tokens, prompt_length)
+
+    @torch.inference_mode()
+    def embed(self, tokens: TokenBatch, prompt_length: int = 0) -> Tensor:
+        """Vectors of tokens: float32 (batch_size, dimension), pooled without the first `prompt_length` of each text."""
+        ragged = tokens.to_ragged(self.device)
+        rows, cu_seqlens = self.model.encode(ragged), ragged.cu_seqlens
+        if prompt_length:
+            rows = rows[ragged.position_ids >= prompt_length]
+            cu_seqlens = F.pad((cu_seqlens.diff() - prompt_length).clamp(min=0).cumsum(0), (1, 0)).to(torch.int32)
+        pooled = [ops.pooling(rows, cu_seqlens, mode=mode).float() for mode in self.recipe.pooling_modes]
+        vectors = torch.cat(pooled, dim=1)
+        return F.normalize(vectors, dim=1) if self.recipe.normalize else vectors
+
+    def prompt(self, prompt: str | None = None, prompt_name: str | None = None) -> str:
+        """The text to put before every sentence; ValueError, with the names there are, for an unknown name."""
+        prompts = self.recipe.prompts
+        name = self.recipe.default_prompt_name if prompt_name is None else prompt_name
+        if prompt is not None or name is None:
+            return prompt or ""
+        if name not in prompts:
+            raise ValueError(f"prompt_name is {name!r}, expected one of {', '.join(prompts) or '(the model has none)'}")
+        return prompts[name] or ""
+
+    @staticmethod
+    def similarity(a: NDArray[np.float32] | Tensor, b: NDArray[np.float32] | Tensor) -> Tensor:
+        """Cosine of every vector of `a` with every one of `b`: (m, dim) or (dim,) and (n, dim) or (dim,) -> (m, n)."""
+        a, b = (F.normalize(torch.atleast_2d(torch.as_tensor(vectors)), dim=1) for vectors in (a, b))
+        return a @ b.T
+
+
+def progress_bar(total: int | None, show: bool | None = None) -> Any:
+    """A bar over texts; by default only on a terminal, and once the work has lasted `PROGRESS_DELAY`."""
+    from tqdm import tqdm
+
+    hidden = not (sys.stderr.isatty() if show is None else show)
+    return tqdm(total=total, unit=" texts", disable=hidden, delay=PROGRESS_DELAY if show is None else 0)

@@ -1,0 +1,335 @@
+"""BERT's heads and their losses, over whichever encoder a subclass names as `base`.
+
+Parameter names, outputs and losses are those of transformers' `BertFor*`, but for one thing: positions that the mask
+hides take no part in a loss, so that it does not depend on how much padding a text was given.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert_fast.activation import activation
+from bert_fast.config import BertConfig
+from bert_fast.inputs import BertInputs
+from bert_fast.outputs import Encoded, LogitsOutput, ModelOutput, PreTrainingOutput, QuestionAnsweringOutput
+
+IGNORED_LABEL = -100
+
+
+class Encoder(Protocol):
+    """What a head needs of its `base`."""
+
+    def encode_batch(self, inputs: BertInputs) -> Encoded:
+        """The hidden rows of a batch."""
+
+
+def initialize(module: nn.Module, config: BertConfig, truncated: bool = False) -> None:
+    """Fresh parameters: weights from a normal of standard deviation `initializer_range`, biases 0, LayerNorm gains 1.
+
+    Args:
+        module: the tree to initialise, in place.
+        config: gives `initializer_range`.
+        truncated: cut the normal at two standard deviations, as Google's code does; transformers does not.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            if truncated:
+                deviation = config.initializer_range
+                nn.init.trunc_normal_(part.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+            else:
+                nn.init.normal_(part.weight, std=config.initializer_range)
+            if isinstance(part, nn.Linear) and part.bias is not None:
+                nn.init.zeros_(part.bias)
+            if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+                nn.init.zeros_(part.weight[part.padding_idx].detach())
+
+
+def check_labels(name: str, labels: Tensor, num_classes: int) -> None:
+    """Labels are in [0, num_classes) or -100, which is ignored; ValueError with the first one that is not."""
+    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != IGNORED_LABEL)
+    if bool(wrong.any()):
+        index = tuple(wrong.nonzero()[0].tolist())
+        where = index[0] if len(index) == 1 else index
+        raise ValueError(f"{name} {labels[index].item()} at index {where} is out of range [0, {num_classes})")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
+    """Mean over the labels that are not -100; logits (..., classes), labels (...)."""
+    if labels.numel() * logits.shape[-1] != logits.numel():
+        raise ValueError(f"{name} has shape {tuple(labels.shape)}, but the logits have {tuple(logits.shape)}")
+    check_labels(name, labels, logits.shape[-1])
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long())
+
+
+def token_loss(logits: Tensor, labels: Tensor, encoded: Encoded) -> Tensor:
+    """Cross-entropy over the tokens there are; logits (batch_size, seq_len, classes), labels (batch_size, seq_len)."""
+    if encoded.keep is not None and labels.shape == encoded.keep.shape:
+        labels = labels.masked_fill(~encoded.keep, IGNORED_LABEL)
+    return cross_entropy(logits, labels)
+
+
+class Head(nn.Module):
+    """A model whose encoder is `self.bert`."""
+
+    base: type[Any]
+    #: Whether the head reads the pooler's output.
+    pooled: bool = True
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = self.base(config, add_pooling_layer=self.pooled)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> ModelOutput | tuple[Any, ...]:
+        """Logits, and the loss where labels are given; `BertInputs` says what the inputs and options are.
+
+        Raises:
+            ValueError: an id or a label is out of range, or shapes do not match.
+        """
+        targets = {name: options.pop(name, None) for name in self.other_labels}
+        inputs = BertInputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
+        output = self.read(self.bert.encode_batch(inputs), labels, **targets)
+        return output.to_tuple() if return_dict is False else output
+
+    #: Names of the targets a head takes besides `labels`.
+    other_labels: tuple[str, ...] = ()
+
+    def read(self, encoded: Encoded, labels: Tensor | None, **targets: Tensor | None) -> ModelOutput:
+        """The head's output from the encoder's."""
+        raise NotImplementedError
+
+
+class PredictionTransform(nn.Module):
+    """LayerNorm(act(dense(hidden))), before the decoder of the masked-language-model head."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.hidden_act = config.hidden_act
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., hidden_size) -> the same."""
+        return self.LayerNorm(activation(self.dense(hidden), self.hidden_act))
+
+
+class LMPredictionHead(nn.Module):
+    """Scores of every word of the vocabulary; the decoder's bias is this module's `bias`."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.transform = PredictionTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., hidden_size) -> (..., vocab_size)."""
+        return self.decoder(self.transform(hidden))
+
+
+class PreTrainingHeads(nn.Module):
+    """The heads under the name `cls` of a checkpoint: masked language model, next sentence, or both."""
+
+    def __init__(self, config: BertConfig, masked_lm: bool, next_sentence: bool) -> None:
+        super().__init__()
+        if masked_lm:
+            self.predictions = LMPredictionHead(config)
+        if next_sentence:
+            self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+
+class _PreTrainingHead(Head):
+    masked_lm = False
+    next_sentence = False
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.cls = PreTrainingHeads(config, self.masked_lm, self.next_sentence)
+        initialize(self.cls, config)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Share the decoder's weight with the word embeddings and its bias with the head's, if the config says so."""
+        if self.masked_lm and self.config.tie_word_embeddings:
+            predictions = self.cls.predictions
+            predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+            predictions.decoder.bias = predictions.bias
+
+
+class BertForMaskedLM(_PreTrainingHead):
+    """Predicts every token; labels (batch_size, seq_len), -100 where there is nothing to predict."""
+
+    masked_lm = True
+    pooled = False
+
+    def read(self, encoded: Encoded, labels: Tensor | None, **targets: Tensor | None) -> LogitsOutput:
+        """logits (batch_size, seq_len, vocab_size)."""
+        logits = encoded.pad(self.cls.predictions(encoded.rows))
+        loss = None if labels is None else token_loss(logits, labels, encoded)
+        return LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+
+
+class BertForNextSentencePrediction(_PreTrainingHead):
+    """Whether the second segment follows the first; labels (batch_size,): 0 it does, 1 it is random."""
+
+    next_sentence = True
+
+    def read(self, encoded: Encoded, labels: Tensor | None, **targets: Tensor | None) -> LogitsOutput:
+        """logits (batch_size, 2)."""
+        logits = self.cls.seq_relationship(encoded.pooler_output)
+        loss = None if labels is None else cross_entropy(logits, labels)
+        return LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+
+
+class BertForPreTraining(_PreTrainingHead):
+    """Both pre-training tasks; the loss is their sum, and needs both `labels` and `next_sentence_label`."""
+
+    masked_lm = True
+    next_sentence = True
+    other_labels = ("next_sentence_label",)
+
+    def read(self, encoded: Encoded, labels: Tensor | None, **targets: Tensor | None) -> PreTrainingOutput:
+        """prediction_logits (batch_size, seq_len, vocab_size), seq_relationship_logits (batch_size, 2)."""
+        prediction = encoded.pad(self.cls.predictions(encoded.rows))
+        relationship = self.cls.seq_relationship(encoded.pooler_output)
+        next_sentence, loss = targets["next_sentence_label"], None
+        if labels is not None and next_sentence is not None:
+            loss = token_loss(prediction, labels, encoded)
+            loss = loss + cross_entropy(relationship, next_sentence, "next_sentence_label")
+        return PreTrainingOutput(loss, prediction, relationship, encoded.hidden_states, encoded.attentions)
+
+
+class _Classifier(Head):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, self.num_outputs(config))
+        initialize(self.classifier, config)
+
+    def num_outputs(self, config: BertConfig) -> int:
+        """Width of the classifier."""
+        return config.num_labels
+
+
+class BertForSequenceClassification(_Classifier):
+    """A label, several, or a number per text, by `problem_type`.
+
+    Not given, it is a regression for one label, a single label where labels are integers, several otherwise.
+    """
+
+    def read(self, encoded: Encoded, labels: Tensor | None, **targets: Tensor | None) -> LogitsOutput:
+        """logits (batch_size, num_labels)."""
+        logits = self.classifier(self.dropout(encoded.pooler_output))
+        loss = None if labels is None else self.loss(logits, labels)
+        return LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean squared error, cross-entropy or binary cross-entropy."""
+        problem = self.config.problem_type
+        if problem is None:
+            single = not labels.is_floating_point() and labels.dtype != torch.bool
+            problem = "single_label_classification" if single else "multi_label_classification"
+            problem = "regression" if self.config.num_labels == 1 else problem
+        if problem == "single_label_classification":
+            return cross_entropy(logits, labels)
+        if labels.numel() != logits.numel():
+            raise ValueError(f"labels has shape {tuple(labels.shape)}, but the logits have {tuple(logits.shape)}")
+        labels = labels.reshape(logits.shape).to(logits.dtype)
+        if problem == "regression":
+            return F.mse_loss(logits, labels)
+        return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+class BertForTokenClassification(_Classifier):
+    """A label per token; labels (batch_size, seq_len), -100 where a token has none."""
+
+    pooled = False
+
+    def read(self, encoded: Encoded, labels: Tensor | None, **targets: Tensor | None) -> LogitsOutput:
+        """logits (batch_size, seq_len, num_labels)."""
+        logits = encoded.pad(self.classifier(self.dropout(encoded.rows)))
+        loss = None if labels is None else token_loss(logits, labels, encoded)
+        return LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+
+
+class BertForMultipleChoice(_Classifier):
+    """Picks one of several texts: inputs (batch_size, num_choices, seq_len), labels (batch_size,)."""
+
+    def num_outputs(self, config: BertConfig) -> int:
+        """One score per choice."""
+        return 1
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> ModelOutput | tuple[Any, ...]:
+        """As `Head.forward`; every choice is a row of the encoder's batch. logits (batch_size, num_choices)."""
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or given.dim() != (4 if input_ids is None else 3):
+            shape = None if given is None else tuple(given.shape)
+            raise ValueError(f"multiple choice takes (batch_size, num_choices, seq_len, ...), got {shape}")
+        ids, mask, types, positions, embeds = (
+            None if tensor is None else tensor.flatten(0, 1)
+            for tensor in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        )
+        inputs = BertInputs(ids, mask, types, positions, embeds, **options)
+        encoded = self.bert.encode_batch(inputs)
+        logits = self.classifier(self.dropout(encoded.pooler_output)).view(given.shape[:2])
+        loss = None if labels is None else cross_entropy(logits, labels)
+        output = LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+        return output.to_tuple() if return_dict is False else output
+
+
+class BertForQuestionAnswering(Head):
+    """The span that answers: `start_positions` and `end_positions` (batch_size,); one past the text is ignored."""
+
+    pooled = False
+    other_labels = ("start_positions", "end_positions")
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        initialize(self.qa_outputs, config)
+
+    def read(self, encoded: Encoded, labels: Tensor | None, **targets: Tensor | None) -> QuestionAnsweringOutput:
+        """start_logits and end_logits (batch_size, seq_len)."""
+        start, end = (logits.contiguous() for logits in encoded.pad(self.qa_outputs(encoded.rows)).unbind(-1))
+        starts, ends, loss = targets["start_positions"], targets["end_positions"], None
+        if starts is not None and ends is not None:
+            loss = (self.span_loss(start, starts, encoded.keep) + self.span_loss(end, ends, encoded.keep)) / 2
+        return QuestionAnsweringOutput(loss, start, end, encoded.hidden_states, encoded.attentions)
+
+    def span_loss(self, logits: Tensor, positions: Tensor, keep: Tensor | None) -> Tensor:
+        """Cross-entropy over the positions of the text; a target outside it is ignored.
+
+        logits (batch_size, seq_len), positions (batch_size,), keep (batch_size, seq_len) bool.
+        """
+        ignored = seq_len = logits.shape[1]
+        positions = positions.reshape(-1).clamp(0, seq_len)
+        if keep is not None:
+            inside = F.pad(keep, (0, 1)).gather(1, positions[:, None]).squeeze(1)
+            positions = positions.masked_fill(~inside, ignored)
+            logits = logits.masked_fill(~keep, torch.finfo(logits.dtype).min)
+        return F.cross_entropy(logits, positions, ignore_index=ignored)

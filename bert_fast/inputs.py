@@ -1,0 +1,196 @@
+"""What a caller passes to a forward: checked once, before anything runs, with the index and value of what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from bert_fast.config import BertConfig
+from bert_fast.ragged import Padding, Ragged, keep_mask, pack
+
+
+@dataclass
+class BertInputs:
+    """The arguments of a forward, as transformers names them.
+
+    Attributes:
+        input_ids: (batch_size, seq_len) int64 or int32.
+        attention_mask: (batch_size, seq_len) bool, int or float, non-zero where a token is. Left padding, holes and
+            rows without a token are legal.
+        token_type_ids: (batch_size, seq_len); zeros when not given.
+        position_ids: (batch_size, seq_len) or (1, seq_len); the column's number when not given.
+        inputs_embeds: (batch_size, seq_len, hidden_size), word vectors instead of `input_ids`.
+        output_attentions, output_hidden_states: also return these, per layer.
+        cu_seq_lens_q: (num_sequences + 1,) int32: `input_ids` is packed, (1, num_tokens), and sequence i is columns
+            cu_seq_lens_q[i] to cu_seq_lens_q[i + 1]. `position_ids` then count from 0 in each when not given.
+        cu_seq_lens_k, max_length_q, max_length_k: what transformers' collators pass beside it; they must agree with
+            `cu_seq_lens_q`, which alone is read.
+    """
+
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    token_type_ids: Tensor | None = None
+    position_ids: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    cu_seq_lens_q: Tensor | None = None
+    cu_seq_lens_k: Tensor | None = None
+    max_length_q: int | None = None
+    max_length_k: int | None = None
+
+    def checked(self, config: BertConfig) -> Batch:
+        """The batch they describe; ValueError for what cannot be one."""
+        given = self.inputs_embeds if self.input_ids is None else self.input_ids
+        if given is None or (self.input_ids is not None and self.inputs_embeds is not None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if self.inputs_embeds is not None:
+            if given.dim() != 3 or given.shape[2] != config.hidden_size:
+                wanted = f"(batch_size, seq_len, {config.hidden_size})"
+                raise ValueError(f"inputs_embeds has shape {tuple(given.shape)}, expected {wanted}")
+        else:
+            _check_ids("input_ids", given, None, config.vocab_size)
+        shape, device = (given.shape[0], given.shape[1]), given.device
+        if self.token_type_ids is not None:
+            _check_ids("token_type_ids", self.token_type_ids, shape, config.type_vocab_size)
+        if self.position_ids is not None:
+            expected = (1, shape[1]) if self.position_ids.shape[:1] == (1,) else shape
+            _check_ids("position_ids", self.position_ids, expected, config.max_position_embeddings)
+        for name in ("attention_mask", "token_type_ids", "position_ids", "cu_seq_lens_q"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.device != device:
+                raise ValueError(f"{name} is on {tensor.device} but the tokens are on {device}")
+        position_ids = self.position_ids
+        cu_seqlens, longest = self.cu_seq_lens_q, shape[1]
+        if cu_seqlens is not None:
+            if self.attention_mask is not None:
+                raise ValueError("attention_mask and cu_seq_lens_q are both given, expected one of them")
+            lengths = _packed_lengths(cu_seqlens, shape)
+            cu_seqlens, longest = cu_seqlens.to(torch.int32), max(lengths, default=0)
+            if position_ids is None:
+                positions = [torch.arange(n, device=device) for n in lengths]
+                position_ids = torch.cat(positions)[None] if positions else torch.zeros(shape, dtype=torch.int64)
+        if self.position_ids is None and longest > config.max_position_embeddings:
+            raise ValueError(
+                f"a sequence has {longest} tokens, more than max_position_embeddings {config.max_position_embeddings}"
+            )
+        keep = None if self.attention_mask is None else keep_mask(self.attention_mask, *shape)
+        return Batch(given, keep, self.token_type_ids, position_ids, cu_seqlens, longest)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A checked batch.
+
+    Attributes:
+        tokens: `input_ids` (batch_size, seq_len), or word vectors (batch_size, seq_len, hidden_size).
+        mask: (batch_size, seq_len) bool, True where a token is; None keeps them all.
+        types, positions: the caller's ids, or None for the defaults.
+        cu_seqlens: where the sequences of a packed batch (1, num_tokens) start; None for a padded one.
+        max_seqlen: the longest sequence of a packed batch, else seq_len.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None
+    types: Tensor | None
+    positions: Tensor | None
+    cu_seqlens: Tensor | None
+    max_seqlen: int
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(batch_size, seq_len)."""
+        return self.tokens
+
+    @property
+    def inputs_embeds(self) -> Tensor | None:
+        """(batch_size, seq_len, hidden_size), or None when the tokens came as ids."""
+        return self.tokens if self.tokens.is_floating_point() else None
+
+    @property
+    def token_type_ids(self) -> Tensor:
+        """(batch_size, seq_len)."""
+        if self.types is not None:
+            return self.types
+        return torch.zeros(self.tokens.shape[:2], dtype=torch.int64, device=self.tokens.device)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """(batch_size or 1, seq_len)."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device)[None]
+
+    @property
+    def keep(self) -> Tensor:
+        """(batch_size, seq_len) bool, True where a token is."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device)
+
+    @property
+    def attends(self) -> Tensor:
+        """(batch_size, 1 or queries, keys) bool: which key a query may see."""
+        if self.cu_seqlens is None:
+            return self.keep[:, None, :]
+        lengths = self.cu_seqlens.diff()
+        sequence = torch.arange(lengths.shape[0], device=lengths.device).repeat_interleave(lengths)
+        return (sequence[:, None] == sequence)[None]
+
+    def first_tokens(self, hidden: Tensor) -> Tensor:
+        """The first token kept of each sequence, (num_sequences, hidden_size); zeros for a sequence without tokens."""
+        batch_size, seq_len, hidden_size = hidden.shape
+        if self.cu_seqlens is not None:
+            starts, empty = self.cu_seqlens[:-1].long(), self.cu_seqlens.diff() == 0
+        else:
+            first = self.keep.int().argmax(1) if seq_len else torch.zeros_like(self.keep[:, 0:0].sum(1))
+            starts = torch.arange(batch_size, device=hidden.device) * seq_len + first
+            empty = ~self.keep.any(1)
+        rows = torch.cat([hidden.flatten(0, 1), hidden.new_zeros((1, hidden_size))])
+        return rows[starts.masked_fill(empty, rows.shape[0] - 1)]
+
+    def to_ragged(self) -> tuple[Ragged, Padding]:
+        """The batch of ids without its padding, and the way back."""
+        if self.cu_seqlens is None:
+            return pack(self.tokens, self.mask, self.types, self.positions)
+        ragged = Ragged(self.tokens[0], self.position_ids[0], self.token_type_ids[0], self.cu_seqlens, self.max_seqlen)
+        return ragged, Padding(1, self.tokens.shape[1], None)
+
+
+def _check_ids(name: str, ids: Tensor, shape: tuple[int, int] | None, size: int) -> None:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} is {ids.dtype}, expected int64 or int32")
+    if ids.dim() != 2 or (shape is not None and ids.shape != shape):
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected {shape or '(batch_size, seq_len)'}")
+    check_range(name, ids, size)
+
+
+@torch.compiler.disable
+def check_range(name: str, ids: Tensor, size: int) -> None:
+    """Every id is in [0, size); ValueError naming the first one that is not, and where it stands."""
+    if ids.numel() == 0:
+        return
+    low, high = torch.aminmax(ids)
+    if int(low) < 0 or int(high) >= size:
+        index = tuple(((ids < 0) | (ids >= size)).nonzero()[0].tolist())
+        where = index[0] if len(index) == 1 else index
+        raise ValueError(f"{name} {int(ids[index])} at index {where} is out of range [0, {size})")
+
+
+@torch.compiler.disable
+def _packed_lengths(cu_seqlens: Tensor, shape: tuple[int, int]) -> list[int]:
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        got = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"cu_seq_lens_q is {got}, expected int32 (num_sequences + 1,)")
+    if shape[0] != 1:
+        raise ValueError(f"a packed batch has shape (1, num_tokens), got {shape}")
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != shape[1]:
+        raise ValueError(f"cu_seq_lens_q runs from {offsets[0]} to {offsets[-1]}, expected 0 to {shape[1]} tokens")
+    lengths = [end - start for start, end in pairwise(offsets)]
+    if lengths and min(lengths) < 0:
+        raise ValueError(f"cu_seq_lens_q falls at index {lengths.index(min(lengths)) + 1}, expected it never to")
+    return lengths

@@ -1,0 +1,360 @@
+"""Checkpoints in and out: where they are, what they hold, and folders that a crash cannot damage."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import logging
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bert_fast import heads
+from bert_fast.config import BertConfig
+from bert_fast.folders import CONFIG_FILE, resolve
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_FILE = "pytorch_model.bin"
+
+#: Files of a checkpoint folder that hold weights: a save replaces them all, so that none of an older model stays.
+WEIGHT_PATTERNS = ("model*.safetensors", INDEX_FILE, "pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+#: What a checkpoint's weights may be stored in.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+#: Where the parameters of transformers' BERT live: the part every model needs, and the heads one may leave out.
+ENCODER_PREFIXES = ("embeddings.", "encoder.")
+HEAD_PREFIXES = ("pooler.", "cls.", "classifier.", "qa_outputs.")
+
+
+def read_config(folder: Path) -> BertConfig:
+    """The `config.json` of a checkpoint; ValueError when there is none or it is not BERT's."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} has no {CONFIG_FILE}")
+    return BertConfig.from_json_file(folder / CONFIG_FILE)
+
+
+def read_state_dict(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """The weights of a checkpoint under the names its files give them, on the CPU.
+
+    Reads `model.safetensors`, else the shards that `model.safetensors.index.json` lists, else, if `allow_pickle`,
+    `pytorch_model.bin`.
+
+    Raises:
+        ValueError: no such file, or it is damaged; the message names it.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        return _read_safetensors(folder / WEIGHTS_FILE)
+    if (folder / INDEX_FILE).is_file():
+        return _read_shards(folder / INDEX_FILE)
+    if not (folder / PICKLE_FILE).is_file():
+        raise ValueError(f"{folder} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+    if not allow_pickle:
+        raise ValueError(
+            f"{folder} has only {PICKLE_FILE}, a pickle; it is not read unless you trust it and pass allow_pickle=True"
+        )
+    return _read_pickle(folder / PICKLE_FILE)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a sound safetensors file: {error}") from error
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index with a weight_map of names to files: {error!r}") from error
+    state: dict[str, Tensor] = {}
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{index} names the file {file!r}, expected one in its own folder")
+        state.update(_read_safetensors(index.parent / file))
+    if absent := [name for name in weight_map if name not in state]:
+        raise ValueError(f"{index} lists weights that its files do not hold: {_listed(absent)}")
+    return state
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch each have their own
+        raise ValueError(f"{path} is not a file of weights: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} does not hold a dictionary of tensors")
+    return state
+
+
+def from_pretrained(
+    path_or_id: str | Path,
+    head: str | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    allow_pickle: bool = False,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> nn.Module:
+    """The fast BERT with the weights of a checkpoint, in evaluation mode.
+
+    Args:
+        path_or_id: a folder, a Hub id or `demo`, as `resolve` takes it.
+        head: None for the `BertModel` alone, or a name of `bert_fast.modules.HEADS`. What the checkpoint lacks of a
+            head is initialised afresh, with a warning that lists it.
+        dtype: of the parameters; None keeps the checkpoint's own.
+        device: where they go; None for the CPU.
+        allow_pickle: also read a `pytorch_model.bin`, with `weights_only=True`.
+        revision, local_files_only: as in `resolve`.
+
+    Returns:
+        A `bert_fast.modules.BertModel`, with a pooler if the checkpoint has one, or the head's model.
+
+    Raises:
+        ValueError: the checkpoint is not found, is damaged, or does not fit its config; the message names what.
+    """
+    from bert_fast.modules import HEADS
+
+    if head not in HEADS:
+        raise ValueError(f"head is {head!r}, expected None or one of {', '.join(str(h) for h in HEADS if h)}")
+    folder = resolve(path_or_id, revision=revision, local_files_only=local_files_only, allow_pickle=allow_pickle)
+    state = read_state_dict(folder, allow_pickle=allow_pickle)
+    return build(HEADS[head], read_config(folder), state, dtype=dtype, device=device)
+
+
+def build(
+    model_class: type[nn.Module],
+    config: BertConfig,
+    state: dict[str, Tensor],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """A model of `bert_fast.modules` or `bert_fast.reference` with a copy of the weights `state`, in evaluation mode.
+
+    Names may be those of an older checkpoint (`LayerNorm.gamma`, `position_ids`) or of another model over the same
+    encoder: `bert.` is put on or taken off.
+
+    Raises:
+        ValueError: the encoder's weights are not all there, or one has another shape or is not floating point.
+    """
+    state = _renamed(state, with_prefix=issubclass(model_class, heads.Head))
+    options: dict[str, Any] = {}
+    if not issubclass(model_class, heads.Head):
+        options["add_pooling_layer"] = any(name.startswith("pooler.") for name in state)
+    with torch.device("meta"):
+        model = model_class(config, **options)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    _report_unused(state, parameters, model_class.__name__)
+    fresh = _missing(state, parameters, model_class.__name__)
+    dtype = _common_dtype({name: state[name] for name in parameters if name in state}, _parse_dtype(dtype))
+    for name in fresh:
+        _initialize(model, name, config, dtype, device)
+    for aliases in _tied(parameters):
+        source = next((name for name in aliases if name in state), None)
+        if source is not None:
+            shape = parameters[source].shape
+            if state[source].shape != shape:
+                raise ValueError(f"{source} has shape {tuple(state[source].shape)}, expected {tuple(shape)}")
+            weight = nn.Parameter(state[source].to(device=device or "cpu", dtype=dtype, copy=True))
+            for name in aliases:
+                _assign(model, name, weight)
+    return model.eval()
+
+
+def _renamed(state: dict[str, Tensor], with_prefix: bool) -> dict[str, Tensor]:
+    """Today's names, with `bert.` before the encoder's or not; without the position ids that old versions saved."""
+    renamed = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("bert.")
+        if name == "embeddings.position_ids":
+            continue
+        for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+            if name.endswith(old):
+                name = name.removesuffix(old) + new
+        if with_prefix and name.startswith((*ENCODER_PREFIXES, "pooler.")):
+            name = f"bert.{name}"
+        renamed[name] = tensor
+    return renamed
+
+
+def _tied(parameters: dict[str, nn.Parameter]) -> list[list[str]]:
+    """The names of each parameter; tied ones have several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
+
+
+def _report_unused(state: dict[str, Tensor], parameters: dict[str, nn.Parameter], model: str) -> None:
+    """Weights of another head are normal and go to the log; any other that has no place is worth a warning."""
+    unused = [name for name in state if name not in parameters]
+    other_head = [name for name in unused if name.removeprefix("bert.").startswith(HEAD_PREFIXES)]
+    if other_head:
+        logger.info("%s has no use for these weights of the checkpoint: %s", model, _listed(other_head))
+    if unknown := [name for name in unused if name not in other_head]:
+        warnings.warn(f"{model} has no place for these weights of the checkpoint: {_listed(unknown)}", stacklevel=4)
+
+
+def _missing(state: dict[str, Tensor], parameters: dict[str, nn.Parameter], model: str) -> list[str]:
+    """Names of the head's parameters that the checkpoint lacks under any name; ValueError for the encoder's."""
+    missing = [aliases[0] for aliases in _tied(parameters) if not any(name in state for name in aliases)]
+    if absent := [name for name in missing if name.removeprefix("bert.").startswith(ENCODER_PREFIXES)]:
+        raise ValueError(f"the checkpoint lacks {len(absent)} weights of {model}: {_listed(absent)}")
+    if missing:
+        warnings.warn(
+            f"the checkpoint has no weights for this head of {model}, which starts untrained: {_listed(missing)}",
+            stacklevel=4,
+        )
+    return missing
+
+
+def _common_dtype(state: dict[str, Tensor], dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype asked for, or the one that all weights have; ValueError for weights that are not floating point."""
+    first: dict[torch.dtype, str] = {}
+    for name, tensor in state.items():
+        first.setdefault(tensor.dtype, name)
+    for found, name in first.items():
+        if found not in DTYPES.values():
+            raise ValueError(f"{name} is {_dtype_name(found)}, expected one of {', '.join(DTYPES)}")
+    if dtype is None and len(first) > 1:
+        mixed = ", ".join(f"{name} is {_dtype_name(found)}" for found, name in first.items())
+        raise ValueError(f"the checkpoint mixes dtypes ({mixed}); pass dtype= to convert them to one")
+    return dtype or next(iter(first), torch.float32)
+
+
+def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or dtype in DTYPES.values():
+        return dtype  # type: ignore[return-value]
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]  # type: ignore[index]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _initialize(
+    model: nn.Module, name: str, config: BertConfig, dtype: torch.dtype, device: torch.device | str | None
+) -> None:
+    """Give one parameter on the meta device the fresh values its module starts from."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    shape = owner.get_parameter(leaf).shape
+    _assign(model, name, nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)))
+    if isinstance(owner, nn.LayerNorm):
+        owner.reset_parameters()
+    elif isinstance(owner, nn.Linear):
+        heads.initialize(owner, config)
+
+
+def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, parameter)
+
+
+def _listed(names: Iterable[str], limit: int = 12) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def save_pretrained(model: nn.Module, directory: str | Path) -> None:
+    """Write `config.json` and `model.safetensors`, which transformers and `from_pretrained` read back.
+
+    The folder is built beside its place and put there in one step: whatever interrupts the save leaves either the old
+    folder or the new one, whole. Other files of an existing folder (the tokenizer's, say) stay; weights of another
+    form do not. An interrupted save may leave a folder `.NAME.HEX.saving` beside it, which nothing reads.
+    On a file system that cannot exchange two folders, the files are instead replaced one by one, each in one step.
+
+    Args:
+        model: any model of `bert_fast.modules` or `bert_fast.reference`. Tied weights are written once.
+        directory: where to; made with its parents if it is not there.
+
+    Raises:
+        ValueError: `directory` is a file.
+    """
+    from safetensors.torch import save_file
+
+    directory = Path(directory).expanduser().resolve()
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file, expected a folder")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = [aliases[0] for aliases in _tied(parameters)]
+    weights = {name: parameters[name].detach().cpu().contiguous() for name in names}
+    config = model.config.to_dict()
+    config.pop("torch_dtype", None)  # the older name of the same thing
+    config |= {"architectures": [type(model).__name__], "dtype": _dtype_name(next(iter(weights.values())).dtype)}
+
+    building = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.saving")
+    building.mkdir()
+    try:
+        if directory.is_dir():
+            stale = shutil.ignore_patterns(CONFIG_FILE, *WEIGHT_PATTERNS)
+            shutil.copytree(directory, building, dirs_exist_ok=True, copy_function=_link, ignore=stale)
+        save_file(weights, building / WEIGHTS_FILE, metadata={"format": "pt"})
+        (building / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for path in (building / WEIGHTS_FILE, building / CONFIG_FILE, building):
+            _fsync(path)
+        _put_in_place(building, directory)
+        _fsync(directory.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for the file, or a copy of it where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _put_in_place(building: Path, directory: Path) -> None:
+    if not directory.is_dir():
+        os.rename(building, directory)
+        return
+    try:
+        _exchange(building, directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EBUSY, errno.EPERM):
+            raise
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            os.replace(building / name, directory / name)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap two folders in one step: Linux's renameat2 with RENAME_EXCHANGE, which Python has no name for."""
+    at_fdcwd, rename_exchange = -100, 2
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        raise OSError(errno.ENOSYS, "renameat2 is not available")
+    if renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,213 @@
+"""Text to ragged token ids. The tokenizers library does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import normalizers, pre_tokenizers, processors
+from tokenizers.models import WordPiece
+
+from bert_fast.folders import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from bert_fast.ragged import Ragged
+
+#: A `model_max_length` from here on is transformers' way of writing that there is none.
+NO_MAX_LENGTH = 10**9
+
+#: Roles of BERT's special tokens, and what they are called where tokenizer_config.json does not say.
+SPECIAL_TOKENS = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The tokens of several texts, one text after another.
+
+    Attributes:
+        input_ids, token_type_ids: (num_tokens,) int64.
+        lengths: (batch_size,) int64, tokens of each text.
+        num_truncated: how many of the texts lost tokens to `max_length`.
+    """
+
+    input_ids: NDArray[np.int64]
+    token_type_ids: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    num_truncated: int
+
+    def to_ragged(self, device: torch.device | str = "cpu") -> Ragged:
+        """The batch as the fast BERT takes it."""
+        import torch
+
+        from bert_fast.ragged import Ragged
+
+        ids, lengths, types = (
+            torch.from_numpy(array).to(device) for array in (self.input_ids, self.lengths, self.token_type_ids)
+        )
+        return Ragged.from_lengths(ids, lengths, types)
+
+
+class Tokenizer:
+    """BERT's WordPiece tokenizer, without padding. Safe to call from several threads.
+
+    Args:
+        backend: what does the work; its own padding and truncation are ignored.
+        model_max_length: the most tokens a text may have, special tokens included; None for no limit.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, model_max_length: int | None = None) -> None:
+        self.backend = _clone(backend, None)
+        self.model_max_length = model_max_length
+        self._truncating = lru_cache(maxsize=8)(lambda max_length: _clone(self.backend, max_length))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, lowercase: bool = False) -> Tokenizer:
+        """Read a checkpoint's tokenizer: `tokenizer.json`, else `vocab.txt`; `tokenizer_config.json` beside either.
+
+        Args:
+            folder: the checkpoint.
+            lowercase: lower-case the text first, whatever the files say.
+
+        Raises:
+            ValueError: no tokenizer is there, or its files cannot be read; the message names the file.
+        """
+        folder = Path(folder)
+        config_file = folder / "tokenizer_config.json"
+        config = read_json(config_file) if config_file.is_file() else {}
+        if (folder / "tokenizer.json").is_file():
+            try:
+                backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            except Exception as error:  # what the library raises is a bare Exception
+                raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
+            _apply_config(backend, config)
+        elif (folder / "vocab.txt").is_file():
+            backend = _from_vocab(folder / "vocab.txt", config)
+        else:
+            raise ValueError(f"{folder} holds no tokenizer: neither tokenizer.json nor vocab.txt")
+        if lowercase:
+            rest = [] if backend.normalizer is None else [backend.normalizer]
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
+        max_length = config.get("model_max_length")
+        return cls(backend, None if max_length is None or max_length >= NO_MAX_LENGTH else int(max_length))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self.backend.get_vocab_size()
+
+    def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]], max_length: int | None = None) -> TokenBatch:
+        """Tokenize texts, or pairs of texts, with the special tokens around them.
+
+        Args:
+            texts: strings or pairs of strings. A lone surrogate, which UTF-8 cannot hold, counts as U+FFFD.
+            max_length: the most tokens per text, special tokens included; never more than `model_max_length`. A pair
+                loses tokens from its longer text first.
+
+        Raises:
+            ValueError: an element is not a string or a pair (the message gives its index and type), or `max_length`
+                leaves no room beside the special tokens.
+        """
+        if isinstance(texts, str):
+            raise ValueError("texts is one str, expected a sequence of them")
+        inputs = [_checked(index, text) for index, text in enumerate(texts)]
+        backend = self.backend
+        limits = [limit for limit in (max_length, self.model_max_length) if limit is not None]
+        if limits:
+            special = backend.num_special_tokens_to_add(any(isinstance(text, tuple) for text in inputs))
+            if min(limits) <= special:
+                raise ValueError(f"max_length is {min(limits)}, expected more than the {special} special tokens")
+            backend = self._truncating(min(limits))
+        encodings = backend.encode_batch_fast(inputs)
+        lengths = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(encodings))
+        total = int(lengths.sum())
+        return TokenBatch(
+            input_ids=np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, total),
+            token_type_ids=np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.int64, total),
+            lengths=lengths,
+            num_truncated=sum(1 for encoding in encodings if encoding.overflowing),
+        )
+
+
+def _clone(backend: tokenizers.Tokenizer, max_length: int | None) -> tokenizers.Tokenizer:
+    """A copy of its own, because truncation is a state of the backend and threads may differ in it."""
+    clone = tokenizers.Tokenizer.from_str(backend.to_str())
+    clone.no_padding()
+    if max_length is None:
+        clone.no_truncation()
+    else:
+        clone.enable_truncation(max_length, strategy="longest_first")
+    return clone
+
+
+def _checked(index: int, text: Any) -> str | tuple[str, str]:
+    """The text or pair as the backend takes it; ValueError for anything else."""
+    if isinstance(text, str):
+        return _encodable(text)
+    if isinstance(text, (tuple, list)) and len(text) == 2 and all(isinstance(part, str) for part in text):
+        return _encodable(text[0]), _encodable(text[1])
+    raise ValueError(f"texts[{index}] is a {type(text).__name__}, expected a str or a pair of them")
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _apply_config(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+    """Where tokenizer_config.json differs from tokenizer.json on the normalisation, transformers goes by the former."""
+    normalizer = backend.normalizer
+    if isinstance(normalizer, normalizers.BertNormalizer):
+        normalizer.lowercase = config.get("do_lower_case", normalizer.lowercase)
+        normalizer.strip_accents = config.get("strip_accents", normalizer.strip_accents)
+        normalizer.handle_chinese_chars = config.get("tokenize_chinese_chars", normalizer.handle_chinese_chars)
+
+
+def _from_vocab(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    """BERT's tokenizer over the vocabulary in a file of one token a line."""
+    special = {role: _content(config.get(role) or token) for role, token in SPECIAL_TOKENS.items()}
+    try:
+        vocab = WordPiece.read_file(str(path))
+        backend = tokenizers.Tokenizer(WordPiece(vocab, unk_token=special["unk_token"]))
+    except Exception as error:  # what the library raises is a bare Exception
+        raise ValueError(f"{path} is not a vocabulary: {error}") from error
+    missing = [special[role] for role in ("unk_token", "cls_token", "sep_token") if special[role] not in vocab]
+    if missing:
+        raise ValueError(f"{path} lacks the special tokens {', '.join(missing)}")
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"),
+        lowercase=config.get("do_lower_case", True),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    cls_token, sep_token = special["cls_token"], special["sep_token"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{cls_token}:0 $A:0 {sep_token}:0",
+        pair=f"{cls_token}:0 $A:0 {sep_token}:0 $B:1 {sep_token}:1",
+        special_tokens=[(token, vocab[token]) for token in (cls_token, sep_token)],
+    )
+    backend.add_special_tokens([token for token in special.values() if token in vocab])
+    return backend
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    """A special token as tokenizer_config.json writes it: a string, or an object with its text under `content`."""
+    return token["content"] if isinstance(token, dict) else token

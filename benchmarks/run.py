@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> None:
     """Measure what the command line asks for."""
     options = _options()
-    torch.set_num_threads(options.threads)
     load_before = list(os.getloadavg())
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     machine = peak.measure_cuda() if options.device == "cuda" else peak.measure_cpu(options.threads)
@@ -44,6 +43,7 @@ def main() -> None:
                 build(MODELS[key], dtype).to(options.device),
                 MODELS[key].title,
                 [parse_case(text) for text in options.cases or MODELS[key].cases],
+                threads=options.threads,
                 repeats=options.repeats,
                 peak_gops=peak.best(machine, dtype),
                 compiled=options.compile,

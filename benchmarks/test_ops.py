@@ -85,7 +85,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_op(benchmark: Any, op: str, op_case: OpCase, dtype: torch.dtype, impl: str) -> None:
     """The answer is at most twice as far from the truth as the definition's own; then it is timed."""
-    benchmark.group = f"{op} {op_case.model} {op_case.case} {dtype}"
+    benchmark.group = f"{op}, {op_case.model} {op_case.case}, {dtype}"
     torch.manual_seed(0)
     args, options = ARGUMENTS[op](op_case.config, parse_case(op_case.case))
     args, options = tuple(_cast(a, dtype) for a in args), {name: _cast(a, dtype) for name, a in options.items()}

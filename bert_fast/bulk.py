@@ -69,11 +69,11 @@ class Summary(NamedTuple):
     seconds: float
 
     def __str__(self) -> str:
-        cut = f"{self.num_truncated:,} cut at {self.max_seq_length} tokens" if self.num_truncated else "none cut"
+        cut = f"{self.num_truncated:,} texts were cut at" if self.num_truncated else "no text was longer than"
         return (
             f"{self.output}: {self.num_texts:,} vectors of {self.dimension} float32\n"
             f"{self.num_tokens:,} tokens in {self.seconds:.2f} s, {self.num_tokens / self.seconds:,.0f} tokens/s; "
-            f"of the texts, {cut}"
+            f"{cut} {self.max_seq_length}"
         )
 
 
@@ -116,7 +116,7 @@ def embed_file(
     array = np.concatenate(vectors)
     with _written_at_once(output) as file:
         np.save(file, array)
-    return Summary(output, *array.shape, num_tokens, num_truncated, embedder.max_seq_length, seconds)
+    return Summary(output, *map(int, array.shape), num_tokens, num_truncated, embedder.max_seq_length, seconds)
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:

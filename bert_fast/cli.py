@@ -26,10 +26,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(help="A folder, a Hub id, or demo (all-MiniLM-L6-v2).", show_default=False)]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="the checkpoint's own")
-]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or demo (all-MiniLM-L6-v2).")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="the checkpoint's own")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="a GPU if there is one")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts per run of the model.")]
 TextField = Annotated[
@@ -175,7 +173,8 @@ def doctor() -> None:
 def bench(
     model: Model = "demo",
     case: Annotated[
-        list[str], typer.Option("--case", help="A batch: 32x128 is 32 texts of 128 tokens, mix32 is 32 of mixed lengths.")
+        list[str],
+        typer.Option("--case", help="32x128 is 32 texts of 128 tokens, mix32 is 32 of mixed lengths."),
     ] = ["1x16", "32x128", "mix32"],  # noqa: B006
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="as torch has them")] = None,

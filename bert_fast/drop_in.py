@@ -10,12 +10,14 @@ import functools
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bert_fast import ops
 from bert_fast.activation import ACTIVATIONS
 from bert_fast.inputs import BertInputs
 from bert_fast.modules import encode, first_tokens, obstacle
+from bert_fast.ragged import Padding, Ragged
 
 _MODELING = "transformers.models.bert.modeling_bert"
 
@@ -172,24 +174,33 @@ def _forward(
         return None
     if attention_mask is not None and attention_mask.dim() > 2:
         return None
-    if bert.training and bert.is_gradient_checkpointing:
+    inputs = BertInputs(input_ids, attention_mask, token_type_ids, position_ids, cu_seq_lens_q=cu_seq_lens_q)
+    batch = _ragged_batch(bert, inputs)
+    if batch is None:
         return None
-    known = _known_types(config.hidden_act)
+    ragged, padding = batch
+    rows = encode(bert, ragged, config.hidden_act, config.num_attention_heads)
+    pooled = None if bert.pooler is None else bert.pooler(first_tokens(rows, ragged)[:, None])
+    output = _output_class()(last_hidden_state=padding.pad(rows), pooler_output=pooled)
+    return_dict = config.return_dict if return_dict is None else return_dict
+    return output if return_dict else output.to_tuple()
+
+
+@torch.compiler.disable
+def _ragged_batch(bert: Any, inputs: BertInputs) -> tuple[Ragged, Padding] | None:
+    """The batch without its padding, or None if the ops may not stand in for the model's modules as they are now."""
+    if bert.training and any(layer.gradient_checkpointing for layer in bert.encoder.layer):
+        return None
+    known = _known_types(bert.config.hidden_act)
     for part in (bert.embeddings, bert.encoder):
         if reason := obstacle(part, known, harmless_hooks="transformers.utils.output_capturing"):
             ops.warn_of_fallback(f"transformers' own path runs instead of the fast one: {reason}")
             return None
+    return inputs.checked(bert.config).to_ragged()
 
-    inputs = BertInputs(input_ids, attention_mask, token_type_ids, position_ids, cu_seq_lens_q=cu_seq_lens_q)
-    ragged, padding = inputs.checked(config).to_ragged()
-    rows = encode(bert, ragged, config.hidden_act, config.num_attention_heads)
-    pooled = None if bert.pooler is None else bert.pooler(first_tokens(rows, ragged)[:, None])
 
-    from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-
-    output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=padding.pad(rows), pooler_output=pooled)
-    return_dict = config.return_dict if return_dict is None else return_dict
-    return output if return_dict else output.to_tuple()
+def _output_class() -> Any:
+    return sys.modules[_MODELING].BaseModelOutputWithPoolingAndCrossAttentions
 
 
 def _is_asked(value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -188,7 +188,7 @@ class Embedder:
         truncate_dim: int | None = None,
         precision: str = "float32",
         **unknown: Any,
-    ) -> NDArray[np.float32] | Tensor | list[Tensor]:
+    ) -> Any:
         """Vectors of sentences, with the arguments and results of `SentenceTransformer.encode`.
 
         Texts longer than `max_seq_length` are cut; one `TruncationWarning` per call says how many.
@@ -222,7 +222,7 @@ class Embedder:
         is_one = isinstance(sentences, str)
         texts = [sentences] if isinstance(sentences, str) else sentences
         vectors, num_texts, num_truncated = [], 0, 0
-        total = len(texts) if hasattr(texts, "__len__") else None
+        total = len(texts) if isinstance(texts, Sized) else None
         with progress_bar(total, show_progress_bar) as progress:
             for tokens, batch in self.encode_batches(texts, self.prompt(prompt, prompt_name), batch_size):
                 batch = batch[:, :truncate_dim]

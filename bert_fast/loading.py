@@ -12,7 +12,7 @@ import uuid
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from bert_fast.config import BertConfig
 from bert_fast.folders import CONFIG_FILE, resolve
 
 logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -140,13 +142,13 @@ def from_pretrained(
 
 
 def build(
-    model_class: type[nn.Module],
+    model_class: type[Model],
     config: BertConfig,
     state: dict[str, Tensor],
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-) -> nn.Module:
+) -> Model:
     """A model of `bert_fast.modules` or `bert_fast.reference` with a copy of the weights `state`, in evaluation mode.
 
     Names may be those of an older checkpoint (`LayerNorm.gamma`, `position_ids`) or of another model over the same
@@ -242,10 +244,10 @@ def _common_dtype(state: dict[str, Tensor], dtype: torch.dtype | None) -> torch.
 
 def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or dtype in DTYPES.values():
-        return dtype  # type: ignore[return-value]
+        return cast(torch.dtype | None, dtype)
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]  # type: ignore[index]
+    return DTYPES[cast(str, dtype)]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -301,7 +303,7 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = [aliases[0] for aliases in _tied(parameters)]
     weights = {name: parameters[name].detach().cpu().contiguous() for name in names}
-    config = model.config.to_dict()
+    config = cast(BertConfig, model.config).to_dict()
     config.pop("torch_dtype", None)  # the older name of the same thing
     config |= {"architectures": [type(model).__name__], "dtype": _dtype_name(next(iter(weights.values())).dtype)}
 

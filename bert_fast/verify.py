@@ -177,7 +177,8 @@ def verify(
 @torch.inference_mode()
 def _fast_states(embedder: Embedder, tokens: TokenBatch) -> list[Tensor]:
     """Rows of the embeddings and of every layer, (num_tokens, hidden_size), then the pooled vectors."""
-    ragged, states = tokens.to_ragged(embedder.device), []
+    states: list[Tensor] = []
+    ragged = tokens.to_ragged(embedder.device)
     rows = embedder.model.encode(ragged, hidden_states=states)
     return [*states, _pooled(embedder, rows, ragged.cu_seqlens, impl=None)]
 

@@ -112,16 +112,13 @@ def _attention_kernel(
             acc, row_sum, row_max, q, k_block, v_block, keep, in_head, scale_log2, MASKED=True
         )
 
-    out = acc / row_sum[:, None]
     if HAS_MASK:
         visible = tl.load(attention_mask_ptr + batch * num_tokens + queries, mask=is_query, other=0) != 0
-        out = tl.where(visible[:, None], out, 0.0)
-    if RAGGED:
-        out_rows = start + queries
-    else:
-        out_rows = batch * num_tokens + queries
-    out_rows = out_ptr + (out_rows[:, None] * tl.num_programs(1) + head) * HEAD_DIM
-    tl.store(out_rows + channels, out, mask=is_query[:, None] & in_head)
+        acc = tl.where(visible[:, None], acc, 0.0)
+        row_sum = tl.where(visible, row_sum, 1.0)
+    out_tokens = (start + queries if RAGGED else batch * num_tokens + queries)[:, None]
+    out_rows = out_ptr + (out_tokens * tl.num_programs(1) + head) * HEAD_DIM
+    tl.store(out_rows + channels, acc / row_sum[:, None], mask=is_query[:, None] & in_head)
 
 
 @functools.cache
@@ -178,26 +175,25 @@ def attention(
         raise ValueError(f"attention: dropout_p is {dropout_p}, the Triton kernel has no dropout")
     out = q.new_empty(q.shape)
     *_, num_tokens, heads, head_dim = q.shape
-    ragged = cu_seqlens is not None
-    batch_size = cu_seqlens.shape[0] - 1 if ragged else q.shape[0]
+    batch_size = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     config = _config(head_dim, max_seqlen, q.dtype != torch.float32 and _has_matrix_units(q.device))
     num_tiles = triton.cdiv(max_seqlen, config["BLOCK_M"])
     if out.numel() == 0 or batch_size * num_tiles == 0:
         return out
-    strides = [s for t in (q, k, v) for s in ((0, *t.stride()) if ragged else t.stride())]
+    strides = [s for t in (q, k, v) for s in (t.stride() if cu_seqlens is None else (0, *t.stride()))]
     with torch.cuda.device_of(q):
         _attention_kernel[(batch_size * num_tiles, heads)](
             q,
             k,
             v,
             out,
-            cu_seqlens.contiguous() if ragged else None,
-            attention_mask.contiguous() if attention_mask is not None else None,
+            None if cu_seqlens is None else cu_seqlens.contiguous(),
+            None if attention_mask is None else attention_mask.contiguous(),
             num_tokens,
             num_tiles,
             scale * _LOG2_E,
             *strides,
-            RAGGED=ragged,
+            RAGGED=cu_seqlens is not None,
             HAS_MASK=attention_mask is not None,
             HEAD_DIM=head_dim,
             **config,

@@ -31,7 +31,6 @@ def _pooling_kernel(
     start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0), num_tokens)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence + 1), start), num_tokens)
     seq_len = end - start
-
     num_read = tl.minimum(seq_len, 1) if MODE == _CLS else seq_len
 
     columns = hidden_ptr + start.to(tl.int64) * stride_token + channels.to(tl.int64)[None, :] * stride_channel
@@ -55,14 +54,14 @@ def _pooling_kernel(
     else:
         n = tl.maximum(seq_len, 1).to(tl.float32)
         if MODE == _MEAN:
-            weights = n
+            divisor = n
         elif MODE == _MEAN_SQRT_LEN:
-            weights = tl.sqrt(n)
+            divisor = tl.sqrt(n)
         elif MODE == _WEIGHTED_MEAN:
-            weights = n * (n + 1.0) * 0.5
+            divisor = n * (n + 1.0) * 0.5
         else:
-            weights = 1.0
-        out = tl.sum(pooled, axis=0) / weights
+            divisor = 1.0
+        out = tl.sum(pooled, axis=0) / divisor
     tl.store(out_ptr + sequence * hidden_size + channels, out, mask=in_channels)
 
 

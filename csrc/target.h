@@ -1,0 +1,28 @@
+// A region of code compiled for an instruction set beyond the baseline, whatever the flags of the build say.
+// Standard headers must be included before the region: their inline functions are shared by the whole program.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#define BERT_FAST_X86 1
+#include <immintrin.h>
+#else
+#define BERT_FAST_X86 0
+#endif
+
+#define BERT_FAST_PRAGMA(text) _Pragma(#text)
+
+#if defined(__clang__)
+#define BERT_FAST_TARGET_BEGIN(isa) \
+  BERT_FAST_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define BERT_FAST_TARGET_END _Pragma("clang attribute pop")
+#else
+#define BERT_FAST_TARGET_BEGIN(isa) _Pragma("GCC push_options") BERT_FAST_PRAGMA(GCC target(isa))
+#define BERT_FAST_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+#define BERT_FAST_INLINE inline __attribute__((always_inline))

@@ -1,0 +1,100 @@
+// Eight lanes of float: AVX2 and FMA. The interface is specified in scalar.h.
+#pragma once
+
+#include "../kernel_table.h"
+#include "../target.h"
+
+namespace bert_fast::BERT_FAST_ISA {
+
+// Not __m256: GCC keeps arrays of that type, which may alias anything, in memory instead of in registers.
+typedef float Vec __attribute__((vector_size(32)));
+constexpr int LANES = 8;
+constexpr int ACCUMULATORS = 12;
+constexpr int MAX_TILE_COLUMNS = 3;
+
+BERT_FAST_INLINE Vec set1(float value) { return _mm256_set1_ps(value); }
+
+// All bits set in the first `count` lanes.
+BERT_FAST_INLINE __m256i lane_mask(int64_t count) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(std::min<int64_t>(count, LANES))), lanes);
+}
+
+BERT_FAST_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
+BERT_FAST_INLINE Vec load(const bfloat16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+BERT_FAST_INLINE Vec load(const float* p, int64_t count) {
+  return count >= LANES ? load(p) : static_cast<Vec>(_mm256_maskload_ps(p, lane_mask(count)));
+}
+BERT_FAST_INLINE Vec load(const bfloat16* p, int64_t count) {
+  if (count >= LANES) return load(p);
+  bfloat16 lanes[LANES] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+
+BERT_FAST_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+BERT_FAST_INLINE void store(bfloat16* p, Vec v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i high = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+  const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i wide = _mm256_blendv_epi8(rounded, quiet, is_nan);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0b1000);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+BERT_FAST_INLINE void store(float* p, Vec v, int64_t count) {
+  if (count >= LANES) return store(p, v);
+  _mm256_maskstore_ps(p, lane_mask(count), v);
+}
+BERT_FAST_INLINE void store(bfloat16* p, Vec v, int64_t count) {
+  if (count >= LANES) return store(p, v);
+  bfloat16 lanes[LANES];
+  store(lanes, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+BERT_FAST_INLINE Vec first(Vec v, int64_t count) {
+  return _mm256_and_ps(v, _mm256_castsi256_ps(lane_mask(count)));
+}
+BERT_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+BERT_FAST_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+BERT_FAST_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+BERT_FAST_INLINE Vec select_ge(Vec a, Vec b, Vec yes, Vec no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GE_OQ));
+}
+BERT_FAST_INLINE Vec add_exponent(Vec v, Vec n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), exponent));
+}
+BERT_FAST_INLINE float sum(Vec v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+BERT_FAST_INLINE void transpose(Vec (&m)[LANES]) {
+  Vec pairs[LANES];  // 2 x 2 blocks, then 4 x 4 blocks, then the halves
+  for (int i = 0; i < LANES; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(m[i], m[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(m[i], m[i + 1]);
+  }
+  Vec quads[LANES];
+  for (int i = 0; i < LANES; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      quads[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+      quads[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    m[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+    m[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+  }
+}
+
+}  // namespace bert_fast::BERT_FAST_ISA

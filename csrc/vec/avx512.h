@@ -1,0 +1,94 @@
+// Sixteen lanes of float: AVX-512 F, BW, DQ, VL. The interface is specified in scalar.h.
+#pragma once
+
+#include "../kernel_table.h"
+#include "../target.h"
+
+namespace bert_fast::BERT_FAST_ISA {
+
+// Not __m512: GCC keeps arrays of that type, which may alias anything, in memory instead of in registers.
+typedef float Vec __attribute__((vector_size(64)));
+constexpr int LANES = 16;
+constexpr int ACCUMULATORS = 24;
+constexpr int MAX_TILE_COLUMNS = 4;
+
+BERT_FAST_INLINE Vec set1(float value) { return _mm512_set1_ps(value); }
+
+// The first `count` lanes.
+BERT_FAST_INLINE __mmask16 lane_mask(int64_t count) {
+  return static_cast<__mmask16>(count >= LANES ? 0xffff : (1 << count) - 1);
+}
+
+BERT_FAST_INLINE Vec widen(__m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+BERT_FAST_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+BERT_FAST_INLINE Vec load(const bfloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+BERT_FAST_INLINE Vec load(const float* p, int64_t count) {
+  return count >= LANES ? load(p) : static_cast<Vec>(_mm512_maskz_loadu_ps(lane_mask(count), p));
+}
+BERT_FAST_INLINE Vec load(const bfloat16* p, int64_t count) {
+  return count >= LANES ? load(p) : widen(_mm256_maskz_loadu_epi16(lane_mask(count), p));
+}
+
+BERT_FAST_INLINE __m256i narrow(Vec v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i high = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40)));
+}
+
+BERT_FAST_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+BERT_FAST_INLINE void store(bfloat16* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
+BERT_FAST_INLINE void store(float* p, Vec v, int64_t count) {
+  if (count >= LANES) return store(p, v);
+  _mm512_mask_storeu_ps(p, lane_mask(count), v);
+}
+BERT_FAST_INLINE void store(bfloat16* p, Vec v, int64_t count) {
+  if (count >= LANES) return store(p, v);
+  _mm256_mask_storeu_epi16(p, lane_mask(count), narrow(v));
+}
+
+BERT_FAST_INLINE Vec first(Vec v, int64_t count) { return _mm512_maskz_mov_ps(lane_mask(count), v); }
+BERT_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+BERT_FAST_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+BERT_FAST_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+BERT_FAST_INLINE Vec select_ge(Vec a, Vec b, Vec yes, Vec no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), no, yes);
+}
+BERT_FAST_INLINE Vec add_exponent(Vec v, Vec n) {
+  const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(n), 23);
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), exponent));
+}
+BERT_FAST_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+
+BERT_FAST_INLINE void transpose(Vec (&m)[LANES]) {
+  Vec pairs[LANES];  // 2 x 2 blocks, then 4 x 4 blocks, then quarters, then halves
+  for (int i = 0; i < LANES; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(m[i], m[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(m[i], m[i + 1]);
+  }
+  Vec quads[LANES];
+  for (int i = 0; i < LANES; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      quads[i + 2 * j] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+      quads[i + 2 * j + 1] = _mm512_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    const Vec even_low = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0x88);
+    const Vec odd_low = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xdd);
+    const Vec even_high = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0x88);
+    const Vec odd_high = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0xdd);
+    m[i] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    m[i + 4] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    m[i + 8] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+    m[i + 12] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+  }
+}
+
+}  // namespace bert_fast::BERT_FAST_ISA

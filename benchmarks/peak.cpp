@@ -23,7 +23,6 @@
 
 #ifdef __x86_64__
 #include <cpuid.h>
-#include <emmintrin.h>
 #include <sys/syscall.h>
 #endif
 
@@ -32,7 +31,7 @@ namespace {
 struct Instruction {
   const char* dtype;
   const char* name;
-  double operations;       // per round of its loop
+  double operations;  // per round of its loop
   void (*loop)(long rounds);
 };
 
@@ -53,23 +52,23 @@ void multiply_add_128(long rounds) {
 
 #ifdef __x86_64__
 
-#define TWELVE(op, v)                                                                                     \
+#define TWELVE(op, v)                                                                                           \
   op(v, "0") op(v, "1") op(v, "2") op(v, "3") op(v, "4") op(v, "5") op(v, "6") op(v, "7") op(v, "8") op(v, "9") \
       op(v, "10") op(v, "11")
 
 // Registers 0 to 11 accumulate; 14 and 15 hold `bits` in every 32-bit lane.
-#define VECTOR_LOOP(function, op, v, bits)                                                                 \
-  void function(long rounds) {                                                                             \
-    const uint32_t value = bits;                                                                           \
-    asm volatile("vbroadcastss %[value], %%" v "14\n"                                                      \
-                 "vbroadcastss %[value], %%" v "15\n" TWELVE(CLEAR, v) "1:\n" TWELVE(op, v)                \
-                 "dec %[rounds]\n"                                                                         \
-                 "jnz 1b\n"                                                                                \
-                 "vzeroupper\n"                                                                            \
-                 : [rounds] "+r"(rounds)                                                                   \
-                 : [value] "m"(value)                                                                      \
-                 : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",   \
-                   "xmm10", "xmm11", "xmm14", "xmm15");                                                    \
+#define VECTOR_LOOP(function, op, v, bits)              \
+  void function(long rounds) {                          \
+    const uint32_t value = bits;                        \
+    asm volatile("vbroadcastss %[value], %%" v "14\n" \
+                 "vbroadcastss %[value], %%" v "15\n" TWELVE(CLEAR, v) "1:\n" TWELVE(op, v) \
+                 "dec %[rounds]\n" \
+                 "jnz 1b\n" \
+                 "vzeroupper\n" \
+                 : [rounds] "+r"(rounds) \
+                 : [value] "m"(value) \
+                 : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", \
+                   "xmm10", "xmm11", "xmm14", "xmm15"); \
   }
 
 #define CLEAR(v, i) "vxorps %%xmm" i ", %%xmm" i ", %%xmm" i "\n"
@@ -95,25 +94,26 @@ struct alignas(64) TileConfig {  // the layout that LDTILECFG reads
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-#define TILE_LOOP(function, op, bits)                                                                      \
-  void function(long rounds) {                                                                             \
-    const TileConfig config;                                                                               \
-    alignas(64) uint32_t data[256];                                                                        \
-    std::fill_n(data, 256, bits);                                                                          \
-    asm volatile("ldtilecfg %[config]\n"                                                                   \
-                 "tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n"                                   \
-                 "tilezero %%tmm3\n tilezero %%tmm4\n tilezero %%tmm5\n"                                   \
-                 "tileloadd (%[data],%[stride],1), %%tmm6\n"                                               \
-                 "tileloadd (%[data],%[stride],1), %%tmm7\n"                                               \
-                 "1:\n" op " %%tmm6, %%tmm7, %%tmm0\n" op " %%tmm6, %%tmm7, %%tmm1\n"                      \
-                 op " %%tmm6, %%tmm7, %%tmm2\n" op " %%tmm6, %%tmm7, %%tmm3\n"                             \
-                 op " %%tmm6, %%tmm7, %%tmm4\n" op " %%tmm6, %%tmm7, %%tmm5\n"                             \
-                 "dec %[rounds]\n"                                                                         \
-                 "jnz 1b\n"                                                                                \
-                 "tilerelease\n"                                                                           \
-                 : [rounds] "+r"(rounds)                                                                   \
-                 : [config] "m"(config), [data] "r"(data), [stride] "r"(64L)                               \
-                 : "cc", "memory");                                                                        \
+#define TILE(op, i) op " %%tmm6, %%tmm7, %%tmm" i "\n"
+#define SIX(op) TILE(op, "0") TILE(op, "1") TILE(op, "2") TILE(op, "3") TILE(op, "4") TILE(op, "5")
+
+#define TILE_LOOP(function, op, bits)      \
+  void function(long rounds) {             \
+    const TileConfig config;               \
+    alignas(64) uint32_t data[256];        \
+    std::fill_n(data, 256, bits);          \
+    asm volatile("ldtilecfg %[config]\n" \
+                 "tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n" \
+                 "tilezero %%tmm3\n tilezero %%tmm4\n tilezero %%tmm5\n" \
+                 "tileloadd (%[data],%[stride],1), %%tmm6\n" \
+                 "tileloadd (%[data],%[stride],1), %%tmm7\n" \
+                 "1:\n" SIX(op) \
+                 "dec %[rounds]\n" \
+                 "jnz 1b\n" \
+                 "tilerelease\n" \
+                 : [rounds] "+r"(rounds) \
+                 : [config] "m"(config), [data] "r"(data), [stride] "r"(64L) \
+                 : "cc", "memory"); \
   }
 
 TILE_LOOP(tdpbf16, "tdpbf16ps", kOneBf16)

@@ -20,8 +20,8 @@ _HOMES = {
 __all__ = ["BertConfig", "Embedder", "__version__", "accelerate", "from_pretrained", "restore"]
 
 if TYPE_CHECKING:
-    from bert_fast.drop_in import accelerate, restore
     from bert_fast.config import BertConfig
+    from bert_fast.drop_in import accelerate, restore
     from bert_fast.embedder import Embedder
     from bert_fast.loading import from_pretrained
 

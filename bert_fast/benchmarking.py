@@ -350,12 +350,13 @@ def format_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table that also reads well in a terminal.
 
     Times are medians in milliseconds; GFLOP/s counts useful work. The last three columns are the last contender's.
-    The model and the dtype are left out where all rows have the same.
+    The model and the dtype are left out where all rows have the same, the share of the peak where it is not known.
     """
     if not rows:
         return ""
     lines = [_cells(row) for row in rows]
     same = [name for name in ("model", "dtype") if len({line[name] for line in lines}) == 1]
+    same += [name for name in ("of peak",) if not any(line[name] for line in lines)]
     lines = [{name: cell for name, cell in line.items() if name not in same} for line in lines]
     header = list(lines[0])
     widths = {name: max(len(name), *(len(line[name]) for line in lines)) for name in header}

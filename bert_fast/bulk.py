@@ -69,11 +69,12 @@ class Summary(NamedTuple):
     seconds: float
 
     def __str__(self) -> str:
-        cut = f"{self.num_truncated:,} texts were cut at" if self.num_truncated else "no text was longer than"
+        limit = f"{self.max_seq_length} tokens"
+        cut = f"cut at {limit}: {self.num_truncated:,} of {self.num_texts:,} texts"
         return (
             f"{self.output}: {self.num_texts:,} vectors of {self.dimension} float32\n"
             f"{self.num_tokens:,} tokens in {self.seconds:.2f} s, {self.num_tokens / self.seconds:,.0f} tokens/s; "
-            f"{cut} {self.max_seq_length}"
+            + (cut if self.num_truncated else f"no text has more than {limit}")
         )
 
 
@@ -116,7 +117,8 @@ def embed_file(
     array = np.concatenate(vectors)
     with _written_at_once(output) as file:
         np.save(file, array)
-    return Summary(output, *map(int, array.shape), num_tokens, num_truncated, embedder.max_seq_length, seconds)
+    num_texts, dimension = array.shape
+    return Summary(output, num_texts, dimension, num_tokens, num_truncated, embedder.max_seq_length, seconds)
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:

@@ -25,6 +25,8 @@ CASES = ("1x16", "32x128", "mix32")
 
 def main() -> int:
     """Run the demonstration; 1 if the parity report fails."""
+    from transformers.utils.logging import disable_progress_bar
+
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}")
     sentences = shipped_sentences()
     embedder = Embedder(DEMO)
@@ -44,6 +46,7 @@ def main() -> int:
     print(report)
 
     _title("4. Is it fast? Against transformers (SDPA), the same weights, side by side")
+    disable_progress_bar()  # transformers' own, while it loads
     print(format_table(bench_model(DEMO, CASES)))
     print("\nmix32 is 32 texts of mixed lengths, as real ones are; a ratio above 1 is faster.")
     return 0 if report.passed else 1

@@ -59,7 +59,7 @@ def _simd() -> str:
         extension = importlib.import_module("bert_fast._C")
     except ImportError as error:
         return f"the C++ extension cannot be loaded: {error}"
-    return f"{extension.isa()} selected of {', '.join(extension.available_isas())}"
+    return f"{extension.get_isa()} selected of {', '.join(extension.available_isas())} ({extension.build_info()})"
 
 
 def _software() -> str:

@@ -167,17 +167,16 @@ def build(
     _report_unused(state, parameters, model_class.__name__)
     fresh = _missing(state, parameters, model_class.__name__)
     dtype = _common_dtype({name: state[name] for name in parameters if name in state}, _parse_dtype(dtype))
-    for name in fresh:
-        _initialize(model, name, config, dtype, device)
+    for aliases in fresh:  # before the others: it may touch the rest of a module, which is then still on meta
+        _assign(model, aliases, _initialized(model, aliases[0], config, dtype, device))
     for aliases in _tied(parameters):
         source = next((name for name in aliases if name in state), None)
         if source is not None:
             shape = parameters[source].shape
             if state[source].shape != shape:
                 raise ValueError(f"{source} has shape {tuple(state[source].shape)}, expected {tuple(shape)}")
-            weight = nn.Parameter(state[source].to(device=device or "cpu", dtype=dtype, copy=True))
-            for name in aliases:
-                _assign(model, name, weight)
+            weight = state[source].to(device=device or "cpu", dtype=dtype, copy=True)
+            _assign(model, aliases, nn.Parameter(weight))
     return model.eval()
 
 
@@ -215,9 +214,10 @@ def _report_unused(state: dict[str, Tensor], parameters: dict[str, nn.Parameter]
         warnings.warn(f"{model} has no place for these weights of the checkpoint: {_listed(unknown)}", stacklevel=4)
 
 
-def _missing(state: dict[str, Tensor], parameters: dict[str, nn.Parameter], model: str) -> list[str]:
-    """Names of the head's parameters that the checkpoint lacks under any name; ValueError for the encoder's."""
-    missing = [aliases[0] for aliases in _tied(parameters) if not any(name in state for name in aliases)]
+def _missing(state: dict[str, Tensor], parameters: dict[str, nn.Parameter], model: str) -> list[list[str]]:
+    """The head's parameters that the checkpoint lacks, each under all its names; ValueError for the encoder's."""
+    groups = [aliases for aliases in _tied(parameters) if not any(name in state for name in aliases)]
+    missing = [aliases[0] for aliases in groups]
     if absent := [name for name in missing if name.removeprefix("bert.").startswith(ENCODER_PREFIXES)]:
         raise ValueError(f"the checkpoint lacks {len(absent)} weights of {model}: {_listed(absent)}")
     if missing:
@@ -225,7 +225,7 @@ def _missing(state: dict[str, Tensor], parameters: dict[str, nn.Parameter], mode
             f"the checkpoint has no weights for this head of {model}, which starts untrained: {_listed(missing)}",
             stacklevel=4,
         )
-    return missing
+    return groups
 
 
 def _common_dtype(state: dict[str, Tensor], dtype: torch.dtype | None) -> torch.dtype:
@@ -254,23 +254,25 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _initialize(
+def _initialized(
     model: nn.Module, name: str, config: BertConfig, dtype: torch.dtype, device: torch.device | str | None
-) -> None:
-    """Give one parameter on the meta device the fresh values its module starts from."""
+) -> nn.Parameter:
+    """A parameter with the fresh values its module starts from, in place of the one on meta."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     shape = owner.get_parameter(leaf).shape
-    _assign(model, name, nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)))
+    _assign(model, [name], nn.Parameter(torch.zeros(shape, dtype=dtype, device=device or "cpu")))
     if isinstance(owner, nn.LayerNorm):
         owner.reset_parameters()
     elif isinstance(owner, nn.Linear):
         heads.initialize(owner, config)
+    return owner.get_parameter(leaf)
 
 
-def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, parameter)
+def _assign(model: nn.Module, names: list[str], parameter: nn.Parameter) -> None:
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, parameter)
 
 
 def _listed(names: Iterable[str], limit: int = 12) -> str:
@@ -311,16 +313,26 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
     building.mkdir()
     try:
         if directory.is_dir():
-            stale = shutil.ignore_patterns(CONFIG_FILE, *WEIGHT_PATTERNS)
-            shutil.copytree(directory, building, dirs_exist_ok=True, copy_function=_link, ignore=stale)
-        save_file(weights, building / WEIGHTS_FILE, metadata={"format": "pt"})
+            _copy_other_files(directory, building)
         (building / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file(weights, building / WEIGHTS_FILE, metadata={"format": "pt"})
+        shutil.copymode(building / CONFIG_FILE, building / WEIGHTS_FILE)  # safetensors lets only the owner read it
         for path in (building / WEIGHTS_FILE, building / CONFIG_FILE, building):
             _fsync(path)
         _put_in_place(building, directory)
         _fsync(directory.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _copy_other_files(source: Path, target: Path) -> None:
+    """All of a checkpoint folder but its own config and weights; subfolders whole."""
+    replaced = shutil.ignore_patterns(CONFIG_FILE, *WEIGHT_PATTERNS)
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        return replaced(folder, names) if Path(folder) == source else set()
+
+    shutil.copytree(source, target, dirs_exist_ok=True, copy_function=_link, ignore=ignore)
 
 
 def _link(source: str, target: str) -> None:

@@ -59,6 +59,11 @@ struct Pooling {
   PoolingMode mode;
 };
 
+// Channels that one pooling task takes: task t is block t % pooling_blocks of sequence t / pooling_blocks.
+constexpr int64_t POOLING_BLOCK = 128;
+
+inline int64_t pooling_blocks(int64_t hidden_size) { return (hidden_size + POOLING_BLOCK - 1) / POOLING_BLOCK; }
+
 // Element strides of a (batch, token, head, head_dim) tensor whose last dimension is contiguous.
 struct AttentionStrides {
   int64_t batch, token, head;
@@ -97,7 +102,7 @@ inline int64_t attention_scratch_size(int64_t length, int64_t head_dim) {
   return 2 * (length * head_dim + alignment) + MAX_QUERY_BLOCK * (length + 2 * head_dim);
 }
 
-// Kernels that take [begin, end) work on those rows only (pooling: on those sequences).
+// Kernels that take [begin, end) work on those rows only (pooling: on those tasks).
 template <class T>
 struct Kernels {
   void (*bias_gelu)(const BiasGelu<T>&, int64_t begin, int64_t end);

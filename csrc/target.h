@@ -21,7 +21,7 @@
   BERT_FAST_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define BERT_FAST_TARGET_END _Pragma("clang attribute pop")
 #else
-#define BERT_FAST_TARGET_BEGIN(isa) _Pragma("GCC push_options") BERT_FAST_PRAGMA(GCC target(isa))
+#define BERT_FAST_TARGET_BEGIN(isa) _Pragma("GCC push_options") BERT_FAST_PRAGMA(GCC target(isa)) _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")
 #define BERT_FAST_TARGET_END _Pragma("GCC pop_options")
 #endif
 

@@ -15,6 +15,11 @@ if not torch.cuda.is_available():
 from implementations import Implementation, parameters
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The interpreter is NumPy, which remarks on every NaN and infinity that a test gives it."""
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -25,17 +25,9 @@ ALLOWED = {
     "drop_in": LIGHT | {"modules", "ops"},
 }
 ABOVE = {
-    "__init__",
-    "loading",
-    "folders",
-    "tokenization",
-    "embedder",
-    "verify",
-    "benchmarking",
-    "doctor",
-    "demo",
-    "cli",
-}
+    "__init__", "loading", "folders", "tokenization", "embedder", "bulk", "verify", "benchmarking", "info", "doctor",
+    "demo", "cli",
+}  # fmt: skip
 #: Imported only inside functions, by whoever imports them.
 LAZY = {"kernels", "_C", "loading", "transformers", "triton", "sentence_transformers", "matplotlib"}
 

@@ -59,9 +59,7 @@ BERT_FAST_INLINE void store(bfloat16* p, Vec v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
-BERT_FAST_INLINE Vec first(Vec v, int64_t count) {
-  return _mm256_and_ps(v, _mm256_castsi256_ps(lane_mask(count)));
-}
+BERT_FAST_INLINE Vec first(Vec v, int64_t count) { return _mm256_and_ps(v, _mm256_castsi256_ps(lane_mask(count))); }
 BERT_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 BERT_FAST_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 BERT_FAST_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }

@@ -20,7 +20,7 @@ namespace bert_fast::BERT_FAST_ISA {
 
 using Vec = float;
 constexpr int LANES = 1;
-constexpr int ACCUMULATORS = 8;    // vectors that a register tile may hold
+constexpr int ACCUMULATORS = 8;      // vectors that a register tile may hold
 constexpr int MAX_TILE_COLUMNS = 4;  // vectors in a row of it
 
 BERT_FAST_INLINE Vec set1(float value) { return value; }
@@ -50,7 +50,13 @@ BERT_FAST_INLINE void store(T* p, Vec v, int64_t) {
 }
 
 BERT_FAST_INLINE Vec first(Vec v, int64_t) { return v; }
-BERT_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+BERT_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#ifdef __FP_FAST_FMAF
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 BERT_FAST_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 BERT_FAST_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 BERT_FAST_INLINE Vec select_ge(Vec a, Vec b, Vec yes, Vec no) { return a >= b ? yes : no; }

@@ -12,7 +12,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every other element of the last dimension": lambda t: torch.stack([t, t + 1], -1)[..., 0],
     "last two dimensions swapped": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
     "columns of a wider tensor": lambda t: torch.cat([t + 1, t, t + 2], -1)[..., t.shape[-1] : 2 * t.shape[-1]],
-    "not at the start of its storage, nor aligned": lambda t: (
-        torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+    "not at the start of its storage, nor aligned": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(
+        t.shape
     ),
 }

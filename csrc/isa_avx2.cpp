@@ -1,0 +1,18 @@
+// The kernels for AVX2 and FMA.
+#include "dispatch.h"
+#include "target.h"
+
+#if BERT_FAST_X86
+BERT_FAST_TARGET_BEGIN("avx2,fma")
+
+#define BERT_FAST_ISA avx2
+#include "vec/avx2.h"
+// after the vectors
+#include "kernels/all.h"
+
+BERT_FAST_TARGET_END
+
+namespace bert_fast {
+const KernelTable avx2_kernels{"avx2", avx2::all_kernels<float>, avx2::all_kernels<bfloat16>};
+}
+#endif

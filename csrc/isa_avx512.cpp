@@ -1,0 +1,18 @@
+// The kernels for AVX-512.
+#include "dispatch.h"
+#include "target.h"
+
+#if BERT_FAST_X86
+BERT_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+
+#define BERT_FAST_ISA avx512
+#include "vec/avx512.h"
+// after the vectors
+#include "kernels/all.h"
+
+BERT_FAST_TARGET_END
+
+namespace bert_fast {
+const KernelTable avx512_kernels{"avx512", avx512::all_kernels<float>, avx512::all_kernels<bfloat16>};
+}
+#endif

@@ -1,0 +1,12 @@
+// The kernels in plain C++, for every machine.
+#include "target.h"
+
+#define BERT_FAST_ISA scalar
+#include "vec/scalar.h"
+// after the vectors
+#include "dispatch.h"
+#include "kernels/all.h"
+
+namespace bert_fast {
+const KernelTable scalar_kernels{"scalar", scalar::all_kernels<float>, scalar::all_kernels<bfloat16>};
+}

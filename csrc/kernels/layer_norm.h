@@ -1,0 +1,31 @@
+// LayerNorm of one row of floats (Ba et al., 2016), with the variance of the corrected two-pass algorithm
+// (Chan, Golub & LeVeque, 1983): a row of equal values gives exactly its bias, however small eps is.
+#pragma once
+
+#include "../kernel_table.h"
+
+namespace bert_fast::BERT_FAST_ISA {
+
+// row: hidden_size floats, and `total` their sum; out: hidden_size elements; the two do not overlap.
+template <class T>
+BERT_FAST_INLINE void layer_norm(const LayerNorm<T>& norm, const float* row, Vec total, T* out) {
+  const int64_t size = norm.hidden_size;
+  const float count = static_cast<float>(size);
+  const Vec mean = set1(sum(total) / count);
+  Vec sums = set1(0.0f), squares = set1(0.0f);
+  for (int64_t i = 0; i < size; i += LANES) {
+    const Vec centred = first(load(row + i, size - i) - mean, size - i);
+    sums = sums + centred;
+    squares = fma(centred, centred, squares);
+  }
+  const float correction = sum(sums) / count;  // what rounding left out of the mean
+  const float variance = std::max(sum(squares) / count - correction * correction, 0.0f);
+  const Vec rstd = set1(1.0f / std::sqrt(variance + norm.eps));
+  for (int64_t i = 0; i < size; i += LANES) {
+    const int64_t left = size - i;
+    const Vec centred = load(row + i, left) - mean - set1(correction);
+    store(out + i, fma(centred * rstd, load(norm.weight + i, left), load(norm.bias + i, left)), left);
+  }
+}
+
+}  // namespace bert_fast::BERT_FAST_ISA

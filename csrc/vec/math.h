@@ -1,0 +1,69 @@
+// Exponentials and GELU, branch-free, written once in terms of the vector interface (scalar.h).
+// The polynomials are minimax fits in relative error, found by linear programming over Chebyshev points.
+#pragma once
+
+#include "../target.h"
+
+namespace bert_fast::BERT_FAST_ISA {
+
+// Adding it to |x| < 2^22 rounds x to the nearest integer, which is then in the low bits of the sum.
+constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23
+
+template <int DEGREE>
+BERT_FAST_INLINE Vec polynomial(Vec x, const float (&coefficients)[DEGREE + 1]) {
+  Vec y = set1(coefficients[DEGREE]);
+  for (int i = DEGREE - 1; i >= 0; --i) y = fma(y, x, set1(coefficients[i]));
+  return y;
+}
+
+// 2^x for |x| a little over 1/2; relative error of the fit on [-1/2, 1/2]: 2.0e-9.
+BERT_FAST_INLINE Vec exp2_fraction(Vec x) {
+  constexpr float coefficients[] = {
+      1.0f, 6.931471825e-1f, 2.402264774e-1f, 5.550332367e-2f, 9.618420154e-3f, 1.339896000e-3f, 1.535777265e-4f};
+  return polynomial<6>(x, coefficients);
+}
+
+// 2^x for x <= 127; zero below -126 (no denormals). A NaN stays one.
+BERT_FAST_INLINE Vec exp2(Vec x) {
+  const Vec n = x + set1(ROUNDER);
+  const Vec y = add_exponent(exp2_fraction(x - (n - set1(ROUNDER))), n);
+  return select_ge(x, set1(-126.0f), y, max(set1(0.0f), x));
+}
+
+// e^(x y) for |x y| <= 87. The relative error does not grow with |x y|: the product is not rounded before ln 2 is taken
+// off it in two parts, of which the first is exact (Cody & Waite, 1980). A NaN may become a number.
+BERT_FAST_INLINE Vec exp_product(Vec x, Vec y) {
+  constexpr float log2_e = 1.44269504f;
+  constexpr float ln_2_high = 0.693359375f, ln_2_low = -2.12194440e-4f;
+  const Vec n = fma(x * y, set1(log2_e), set1(ROUNDER));
+  const Vec k = n - set1(ROUNDER);
+  const Vec r = fma(k, set1(-ln_2_low), fma(x, y, k * set1(-ln_2_high)));
+  return add_exponent(exp2_fraction(r * set1(log2_e)), n);
+}
+
+// x times the normal distribution function, as max(x, 0) - a / 2 erfc(a / sqrt 2) with a = |x|: no cancellation on
+// either side. erfc(a / sqrt 2) = e^(-a^2 / 2) P(u) / (a + 5/2) with u = (a - 5/2) / (a + 5/2); relative error of the
+// fit for a <= 12.6: 1.5e-8. Beyond, where a / 2 erfc is below 1e-34, a stands still.
+BERT_FAST_INLINE Vec gelu_erf(Vec x) {
+  constexpr float coefficients[] = {1.413313270e+0f,  -8.673840761e-1f, 2.639737725e-1f, 1.847234555e-2f,
+                                    -3.277017549e-2f, -3.203865606e-3f, 5.038887262e-3f, 1.368525205e-3f,
+                                    -6.119221798e-4f, -3.090852697e-4f};
+  const Vec a = min(set1(12.5f), max(x, set1(0.0f) - x));
+  const Vec minus_half_a = a * set1(-0.5f);
+  const Vec w = set1(1.0f) / (a + set1(2.5f));
+  const Vec u = fma(set1(-5.0f), w, set1(1.0f));
+  const Vec erfc = exp_product(minus_half_a, a) * w * polynomial<9>(u, coefficients);
+  return fma(minus_half_a, erfc, max(set1(0.0f), x));
+}
+
+// x / 2 (1 + tanh z) = x / (1 + e^(-2 z)) with z = sqrt(2 / pi) (x + 0.044715 x^3).
+BERT_FAST_INLINE Vec gelu_tanh(Vec x) {
+  // From -8 on down the result is below 1e-20, and x stands still; from 8 on up it is x.
+  const Vec bounded = max(set1(-8.0f), x);
+  const Vec inner = min(set1(8.0f), bounded);
+  const Vec cubic = fma(set1(0.044715f) * inner * inner, inner, inner);
+  const Vec minus_2_z = cubic * set1(-1.59576912f);  // 2 sqrt(2 / pi)
+  return bounded / (set1(1.0f) + exp_product(minus_2_z, set1(1.0f)));
+}
+
+}  // namespace bert_fast::BERT_FAST_ISA

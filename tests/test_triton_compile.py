@@ -1,0 +1,67 @@
+"""Every Triton kernel compiles for the GPUs of 2018 to 2025, and the compiler makes of it what was meant."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+#: Bytes of shared memory that one block may take. 80 stands for sm_86 and sm_89 too, which have less than sm_80.
+SHARED_BYTES = {75: 64 * 1024, 80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+#: What multiplies 16-bit tiles there.
+MATRIX_INSTRUCTION = {75: [], 80: ["mma.sync"], 90: ["wgmma.mma_async"], 100: ["tcgen05.mma"]}
+
+
+def compiled(compute_capability: int, *flags: str) -> list[dict[str, Any]]:
+    """What `compile_kernels.py` says; in a process of its own, as here the kernels are the interpreter's."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("compile_kernels.py")), str(compute_capability), *flags],
+        env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(rows: list[dict[str, Any]], compute_capability: int) -> None:
+    for row in rows:
+        assert row["spilled_bytes"] == 0, row
+        assert row["shared_bytes"] <= SHARED_BYTES[compute_capability], row
+        if row["op"] == "attention":
+            expected = [] if row["dtype"] == "float32" else MATRIX_INSTRUCTION[compute_capability]
+            assert row["matrix_instructions"] == expected, row
+        if row["op"] != "pooling":
+            assert row["widest_load"] == 16, row  # lost when the divisibility of pointers and strides is
+
+
+@pytest.mark.parametrize("compute_capability", SHARED_BYTES)
+def test_kernels_compile_as_meant(compute_capability: int) -> None:
+    rows = compiled(compute_capability)
+    assert {row["op"] for row in rows} == {
+        "attention",
+        "bias_gelu",
+        "embedding_layer_norm",
+        "pooling",
+        "residual_layer_norm",
+    }
+    check(rows, compute_capability)
+    for row in rows:
+        if row["op"] == "residual_layer_norm":
+            assert row["loads"] == 5, row  # the three passes share one read of x, bias, residual; weight, its bias
+        if row["op"] == "embedding_layer_norm":
+            assert row["loads"] == 8, row  # three ids, three rows, weight, its bias
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compute_capability", SHARED_BYTES)
+def test_every_shape_of_tile_compiles(compute_capability: int) -> None:
+    check(compiled(compute_capability, "--sweep"), compute_capability)

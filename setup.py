@@ -23,6 +23,7 @@ class TorchIsMissing(build_ext):
     """Stands in for torch's builder where torch cannot be imported."""
 
     def run(self) -> None:
+        """Stop with what to do about it."""
         sys.exit(
             "bert_fast: torch is needed to build the C++ extension: install torch first, then bert_fast with "
             "--no-build-isolation (or set BERT_FAST_NO_EXTENSION=1 to do without the extension)"

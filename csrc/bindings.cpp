@@ -11,12 +11,12 @@
 #include <atomic>
 #include <memory>
 #include <new>
-#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "dispatch.h"
+#include "schedule.h"
 
 namespace bert_fast {
 namespace {
@@ -278,61 +278,7 @@ Tensor pooling(const Tensor& hidden, const Tensor& cu_seqlens, const std::string
 // ---------------------------------------------------------------------------------------------------------- attention
 
 // Multiply-adds of attention below which a thread is not worth waking.
-constexpr int64_t ATTENTION_WORK_PER_THREAD = 100'000;
-
-// A task packs the keys and values of its head: long sequences are cut to share them out among threads.
-constexpr int64_t QUERIES_PER_TASK = 4 * MAX_QUERY_BLOCK;
-
-// The kept tokens of every sequence of a padded batch.
-struct KeptTokens {
-  std::vector<int64_t> rows;     // of all sequences, one after another
-  std::vector<int64_t> offsets;  // (batch_size + 1)
-};
-
-KeptTokens kept_tokens(const Tensor& mask) {
-  const int64_t batch_size = mask.size(0), seq_len = mask.size(1);
-  const uint8_t* keep = data<uint8_t>(mask);
-  KeptTokens kept;
-  kept.rows.reserve(static_cast<size_t>(mask.numel()));
-  kept.offsets.push_back(0);
-  for (int64_t sequence = 0; sequence < batch_size; ++sequence) {
-    for (int64_t token = 0; token < seq_len; ++token)
-      if (keep[sequence * seq_len + token] != 0) kept.rows.push_back(token);
-    kept.offsets.push_back(static_cast<int64_t>(kept.rows.size()));
-  }
-  return kept;
-}
-
-std::vector<AttentionSequence> ragged_sequences(const std::vector<int32_t>& offsets) {
-  std::vector<AttentionSequence> sequences;
-  for (size_t i = 1; i < offsets.size(); ++i)
-    sequences.push_back({offsets[i - 1], offsets[i] - offsets[i - 1], nullptr});
-  return sequences;
-}
-
-std::vector<AttentionSequence> padded_sequences(int64_t batch_size, int64_t seq_len, const KeptTokens* kept) {
-  std::vector<AttentionSequence> sequences;
-  for (int64_t i = 0; i < batch_size; ++i) {
-    if (kept == nullptr) {
-      sequences.push_back({i, seq_len, nullptr});
-    } else {
-      sequences.push_back({i, kept->offsets[i + 1] - kept->offsets[i], kept->rows.data() + kept->offsets[i]});
-    }
-  }
-  return sequences;
-}
-
-// Longest sequences first, so that what is left at the end is short.
-std::vector<AttentionTask> attention_tasks(std::vector<AttentionSequence> sequences, int64_t heads) {
-  std::stable_sort(sequences.begin(), sequences.end(),
-                   [](const AttentionSequence& a, const AttentionSequence& b) { return a.length > b.length; });
-  std::vector<AttentionTask> tasks;
-  for (const AttentionSequence& sequence : sequences)
-    for (int64_t head = 0; head < heads; ++head)
-      for (int64_t query = 0; query < sequence.length; query += QUERIES_PER_TASK)
-        tasks.push_back({sequence, head, query, std::min(query + QUERIES_PER_TASK, sequence.length)});
-  return tasks;
-}
+constexpr int64_t ATTENTION_WORK_PER_THREAD = 250'000;
 
 template <class T>
 void run_attention(const KernelTable& table, const Attention<T>& args, const std::vector<AttentionTask>& tasks) {
@@ -373,7 +319,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
   check_shape(op, "v", v, q.sizes());
   check_no_dropout(op, dropout_p);
   Tensor mask;
-  KeptTokens kept;
+  std::vector<int64_t> rows;
   std::vector<AttentionSequence> sequences;
   if (cu_seqlens.has_value()) {
     TORCH_CHECK_VALUE(q.dim() == 3, op, ": q has shape ", shape_text(q.sizes()),
@@ -391,9 +337,9 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
       TORCH_CHECK_VALUE(attention_mask->scalar_type() == at::kBool, op, ": attention_mask is ",
                         dtype_text(*attention_mask), ", expected bool (True = attend)");
       mask = attention_mask->contiguous();
-      kept = kept_tokens(mask);
     }
-    sequences = padded_sequences(q.size(0), q.size(1), mask.defined() ? &kept : nullptr);
+    const uint8_t* keep = mask.defined() ? data<uint8_t>(mask) : nullptr;
+    sequences = padded_sequences(q.size(0), q.size(1), keep, rows);
   }
 
   const KernelTable& table = kernels();

@@ -7,7 +7,7 @@ BERT_FAST_TARGET_BEGIN("avx2,fma")
 
 #define BERT_FAST_ISA avx2
 #include "vec/avx2.h"
-// after the vectors
+
 #include "kernels/all.h"
 
 BERT_FAST_TARGET_END

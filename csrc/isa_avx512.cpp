@@ -7,7 +7,7 @@ BERT_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
 #define BERT_FAST_ISA avx512
 #include "vec/avx512.h"
-// after the vectors
+
 #include "kernels/all.h"
 
 BERT_FAST_TARGET_END

@@ -1,10 +1,9 @@
 // The kernels in plain C++, for every machine.
-#include "target.h"
+#include "dispatch.h"
 
 #define BERT_FAST_ISA scalar
 #include "vec/scalar.h"
-// after the vectors
-#include "dispatch.h"
+
 #include "kernels/all.h"
 
 namespace bert_fast {

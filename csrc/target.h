@@ -21,8 +21,11 @@
   BERT_FAST_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define BERT_FAST_TARGET_END _Pragma("clang attribute pop")
 #else
-#define BERT_FAST_TARGET_BEGIN(isa) _Pragma("GCC push_options") BERT_FAST_PRAGMA(GCC target(isa)) _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")
-#define BERT_FAST_TARGET_END _Pragma("GCC pop_options")
+// GCC 12's own AVX-512 header sets off -Wmaybe-uninitialized.
+#define BERT_FAST_TARGET_BEGIN(isa)                                                            \
+  _Pragma("GCC push_options") BERT_FAST_PRAGMA(GCC target(isa)) _Pragma("GCC diagnostic push") \
+      _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")
+#define BERT_FAST_TARGET_END _Pragma("GCC diagnostic pop") _Pragma("GCC pop_options")
 #endif
 
 #define BERT_FAST_INLINE inline __attribute__((always_inline))

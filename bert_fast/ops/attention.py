@@ -32,17 +32,16 @@ def reference(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float, dropout_p: float) -> Tensor:
     """(..., seq_len, heads, head_dim) -> the same; `keep` is (..., seq_len), True where a token is."""
+    if keep is not None:
+        hidden = ~keep[..., None, None]
+        q, k, v = (t.masked_fill(hidden, 0.0) for t in (q, k, v))  # whatever stands there reaches no sum, no gradient
     q, k, v = (t.transpose(-3, -2) for t in (q, k, v))  # (..., heads, seq_len, head_dim)
     scores = q @ k.transpose(-2, -1) * scale  # (..., heads, queries, keys)
     if keep is not None:
-        hidden = ~keep[..., None, :, None]
         # The lowest finite number, not -inf: a row with nothing to attend to stays finite, and its values are zero.
-        scores = scores.masked_fill(hidden.transpose(-2, -1), torch.finfo(scores.dtype).min)
-        v = v.masked_fill(hidden, 0.0)
-    out = F.dropout(torch.softmax(scores, dim=-1), dropout_p) @ v
-    if keep is not None:
-        out = out.masked_fill(hidden, 0.0)
-    return out.transpose(-3, -2).contiguous()
+        scores = scores.masked_fill(~keep[..., None, None, :], torch.finfo(scores.dtype).min)
+    out = (F.dropout(torch.softmax(scores, dim=-1), dropout_p) @ v).transpose(-3, -2)
+    return (out if keep is None else out.masked_fill(hidden, 0.0)).contiguous()
 
 
 def check(

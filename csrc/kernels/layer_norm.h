@@ -6,17 +6,26 @@
 
 namespace bert_fast::BERT_FAST_ISA {
 
-// row: hidden_size floats, and `total` their sum; out: hidden_size elements; the two do not overlap.
+// Elements that are summed on their own before they join the total: a long sum, in blocks, rounds less.
+constexpr int64_t SUM_BLOCK = 256;
+
+// row: hidden_size floats, and `total` their sum in lanes, however roughly rounded; out: hidden_size elements; the two
+// do not overlap.
 template <class T>
 BERT_FAST_INLINE void layer_norm(const LayerNorm<T>& norm, const float* row, Vec total, T* out) {
   const int64_t size = norm.hidden_size;
   const float count = static_cast<float>(size);
   const Vec mean = set1(sum(total) / count);
   Vec sums = set1(0.0f), squares = set1(0.0f);
-  for (int64_t i = 0; i < size; i += LANES) {
-    const Vec centred = first(load(row + i, size - i) - mean, size - i);
-    sums = sums + centred;
-    squares = fma(centred, centred, squares);
+  for (int64_t block = 0; block < size; block += SUM_BLOCK) {
+    Vec block_sums = set1(0.0f), block_squares = set1(0.0f);
+    for (int64_t i = block; i < std::min(block + SUM_BLOCK, size); i += LANES) {
+      const Vec centred = first(load(row + i, size - i) - mean, size - i);
+      block_sums = block_sums + centred;
+      block_squares = fma(centred, centred, block_squares);
+    }
+    sums = sums + block_sums;
+    squares = squares + block_squares;
   }
   const float correction = sum(sums) / count;  // what rounding left out of the mean
   const float variance = std::max(sum(squares) / count - correction * correction, 0.0f);

@@ -1,0 +1,56 @@
+# ruff: noqa: N999
+"""The C++ kernels, for CPUs: the implementations that the ops of `bert_fast.ops` load. Tensors are float32 or bfloat16.
+
+Each op takes the positional arguments of its schema there, raises ValueError for what it cannot take, and releases the
+GIL. Import torch first.
+"""
+
+from torch import Tensor
+
+def bias_gelu(x: Tensor, bias: Tensor, approximate: str, /) -> Tensor: ...
+def residual_layer_norm(
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    layer_norm_bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    /,
+) -> Tensor: ...
+def embedding_layer_norm(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word_embeddings: Tensor,
+    position_embeddings: Tensor,
+    token_type_embeddings: Tensor,
+    weight: Tensor,
+    layer_norm_bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    /,
+) -> Tensor: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    attention_mask: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    /,
+) -> Tensor: ...
+def pooling(hidden: Tensor, cu_seqlens: Tensor, mode: str, /) -> Tensor: ...
+def available_isas() -> list[str]:
+    """Instruction sets that this machine has, best last."""
+
+def set_isa(name: str, /) -> None:
+    """Run on this instruction set from now on; ValueError when the machine does not have it."""
+
+def get_isa() -> str:
+    """The instruction set in use: the last `set_isa`, else the environment's BERT_FAST_ISA, else the best one."""
+
+def build_info() -> str:
+    """Compiler and torch that this module was built with."""

@@ -32,9 +32,13 @@ def compiled(compute_capability: int, *flags: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def check(rows: list[dict[str, Any]], compute_capability: int, most_spilled_bytes: int) -> None:
+#: Bytes a thread may spill: none with Triton 3.9 in the first test; ptxas of others puts a register or two aside.
+MOST_SPILLED_BYTES = 8
+
+
+def check(rows: list[dict[str, Any]], compute_capability: int) -> None:
     for row in rows:
-        assert row["spilled_bytes"] <= most_spilled_bytes, row
+        assert row["spilled_bytes"] <= MOST_SPILLED_BYTES, row
         assert row["shared_bytes"] <= SHARED_BYTES[compute_capability], row
         if row["op"] == "attention":
             expected = [] if row["dtype"] == "float32" else MATRIX_INSTRUCTION[compute_capability]
@@ -53,7 +57,7 @@ def test_kernels_compile_as_meant(compute_capability: int) -> None:
         "pooling",
         "residual_layer_norm",
     }
-    check(rows, compute_capability, most_spilled_bytes=0)
+    check(rows, compute_capability)
     for row in rows:
         if row["op"] == "residual_layer_norm":
             assert row["loads"] == 5, row  # the three passes share one read of x, bias, residual; weight, its bias
@@ -64,5 +68,4 @@ def test_kernels_compile_as_meant(compute_capability: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("compute_capability", SHARED_BYTES)
 def test_every_shape_of_tile_compiles(compute_capability: int) -> None:
-    # Two registers: what ptxas puts aside here and there with heads of 24 and 128 channels.
-    check(compiled(compute_capability, "--sweep"), compute_capability, most_spilled_bytes=8)
+    check(compiled(compute_capability, "--sweep"), compute_capability)

@@ -7,7 +7,7 @@ GIL. Import torch first.
 
 from torch import Tensor
 
-def bias_gelu(x: Tensor, bias: Tensor, approximate: str, /) -> Tensor: ...
+def bias_gelu(x: Tensor, bias: Tensor, approximate: str, out: Tensor | None = None) -> Tensor: ...
 def residual_layer_norm(
     x: Tensor,
     bias: Tensor,
@@ -16,7 +16,7 @@ def residual_layer_norm(
     layer_norm_bias: Tensor,
     eps: float,
     dropout_p: float,
-    /,
+    out: Tensor | None = None,
 ) -> Tensor: ...
 def embedding_layer_norm(
     input_ids: Tensor,
@@ -40,7 +40,7 @@ def attention(
     attention_mask: Tensor | None,
     scale: float,
     dropout_p: float,
-    /,
+    out: Tensor | None = None,
 ) -> Tensor: ...
 def pooling(hidden: Tensor, cu_seqlens: Tensor, mode: str, /) -> Tensor: ...
 def available_isas() -> list[str]:

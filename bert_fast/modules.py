@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,14 +36,49 @@ def encode(
         (num_tokens, hidden_size), in the dtype of the parameters.
     """
     rows = _embed(bert.embeddings, ragged)
+    buffers = _Buffers.for_forward(rows)
     if hidden_states is not None:
-        hidden_states.append(rows)
+        hidden_states.append(rows.clone() if buffers.reuse else rows)
     for layer in bert.encoder.layer:
-        rows = _residual(layer.attention.output, _attend(layer.attention.self, rows, ragged, num_heads), rows)
-        rows = _residual(layer.output, _widen(layer.intermediate.dense, rows, hidden_act), rows)
+        context = _attend(layer.attention.self, rows, ragged, num_heads, buffers)
+        rows = _residual(layer.attention.output, context, rows, buffers)
+        rows = _residual(layer.output, _widen(layer.intermediate.dense, rows, hidden_act, buffers), rows, buffers)
         if hidden_states is not None:
-            hidden_states.append(rows)
+            hidden_states.append(rows.clone() if buffers.reuse else rows)
     return rows
+
+
+class _Buffers:
+    """Memory for the intermediate results of a forward without gradients, which every layer uses again.
+
+    Fresh memory is not free: the pages of a new 25 MB tensor cost more to map than GELU costs to compute. Without
+    buffers (`reuse` is False) every product is a fresh tensor, as autograd, autocast and the compiler need them.
+    """
+
+    def __init__(self, reuse: bool) -> None:
+        self.reuse = reuse
+        self._tensors: dict[str, Tensor] = {}
+
+    @classmethod
+    def for_forward(cls, rows: Tensor) -> _Buffers:
+        """Buffers if nobody needs to see the intermediate results of this forward."""
+        recorded = torch.is_grad_enabled() or torch.is_autocast_enabled(rows.device.type)
+        return cls(reuse=not recorded and not torch.compiler.is_compiling())
+
+    def like(self, name: str, rows: Tensor, width: int) -> Tensor | None:
+        """The buffer of this name, (num_tokens, width), or None where results are fresh tensors."""
+        if not self.reuse:
+            return None
+        if name not in self._tensors:
+            self._tensors[name] = rows.new_empty((rows.shape[0], width))
+        return self._tensors[name]
+
+    def linear(self, name: str, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """rows @ weight.T + bias: (num_tokens, in_features) -> (num_tokens, out_features)."""
+        out = self.like(name, rows, weight.shape[0])
+        if out is None:
+            return F.linear(rows, weight, bias)
+        return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
 
 
 def _embed(embeddings: Any, ragged: Ragged) -> Tensor:
@@ -61,28 +97,36 @@ def _embed(embeddings: Any, ragged: Ragged) -> Tensor:
     )
 
 
-def _attend(attention: Any, rows: Tensor, ragged: Ragged, num_heads: int) -> Tensor:
+def _attend(attention: Any, rows: Tensor, ragged: Ragged, num_heads: int, buffers: _Buffers) -> Tensor:
     q, k, v = (
-        F.linear(rows, linear.weight, linear.bias).unflatten(-1, (num_heads, -1))
-        for linear in (attention.query, attention.key, attention.value)
+        buffers.linear(name, rows, linear.weight, linear.bias).unflatten(-1, (num_heads, -1))
+        for name, linear in (("q", attention.query), ("k", attention.key), ("v", attention.value))
     )  # (num_tokens, num_heads, head_dim)
-    dropout_p = _dropout_p(attention.dropout)
-    cu_seqlens, max_seqlen = ragged.cu_seqlens, ragged.max_seqlen
-    return ops.attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, dropout_p=dropout_p).flatten(-2)
+    out = buffers.like("context", rows, rows.shape[1])
+    return ops.attention(
+        q,
+        k,
+        v,
+        cu_seqlens=ragged.cu_seqlens,
+        max_seqlen=ragged.max_seqlen,
+        dropout_p=_dropout_p(attention.dropout),
+        out=None if out is None else out.view(q.shape),
+    ).flatten(-2)
 
 
-def _widen(dense: Any, rows: Tensor, hidden_act: str) -> Tensor:
+def _widen(dense: Any, rows: Tensor, hidden_act: str, buffers: _Buffers) -> Tensor:
     if hidden_act not in GELU_FORMS:
         return activation(F.linear(rows, dense.weight, dense.bias), hidden_act)
-    wide = F.linear(rows, dense.weight)
+    wide = buffers.linear("wide", rows, dense.weight)
     # Under autocast the product comes in the lower dtype, the bias in the parameters'.
-    return ops.bias_gelu(wide, dense.bias.to(wide.dtype), approximate=GELU_FORMS[hidden_act])
+    bias = dense.bias.to(wide.dtype)
+    return ops.bias_gelu(wide, bias, approximate=GELU_FORMS[hidden_act], out=wide if buffers.reuse else None)
 
 
-def _residual(output: Any, rows: Tensor, residual: Tensor) -> Tensor:
+def _residual(output: Any, rows: Tensor, residual: Tensor, buffers: _Buffers) -> Tensor:
     norm = output.LayerNorm
     # Under autocast the residual stream stays in the parameters' dtype, as in the plain model.
-    product = F.linear(rows, output.dense.weight).to(residual.dtype)
+    product = buffers.linear("product", rows, output.dense.weight).to(residual.dtype)
     return ops.residual_layer_norm(
         product,
         output.dense.bias,
@@ -91,6 +135,7 @@ def _residual(output: Any, rows: Tensor, residual: Tensor) -> Tensor:
         norm.bias,
         eps=norm.eps,
         dropout_p=_dropout_p(output.dropout),
+        out=residual if buffers.reuse else None,
     )
 
 

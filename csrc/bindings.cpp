@@ -1,6 +1,7 @@
 // The Python module bert_fast._C: validates everything it is given, owns memory and threads, and calls the kernels.
 // The functions take the arguments of the schemas in bert_fast/ops, and release the GIL.
 #include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,6 +18,8 @@
 
 #include "dispatch.h"
 #include "schedule.h"
+
+namespace py = pybind11;
 
 namespace bert_fast {
 namespace {
@@ -147,9 +150,22 @@ void with_element_type(const Tensor& tensor, const F& f) {
   }
 }
 
+// The caller's `out`, checked, or fresh memory.
+Tensor result(const char* op, const std::optional<Tensor>& out, at::IntArrayRef sizes, const Tensor& like) {
+  if (!out.has_value()) return at::empty(sizes, like.options());
+  check_cpu(op, "out", *out);
+  check_shape(op, "out", *out, sizes);
+  TORCH_CHECK_VALUE(out->scalar_type() == like.scalar_type(), op, ": out is ", dtype_text(*out), ", expected ",
+                    dtype_text(like));
+  TORCH_CHECK_VALUE(out->is_contiguous() && !out->is_neg(), op, ": out has strides ", shape_text(out->strides()),
+                    ", expected a contiguous tensor");
+  return *out;
+}
+
 // ---------------------------------------------------------------------------------------------------------------- ops
 
-Tensor bias_gelu(const Tensor& x, const Tensor& bias, const std::string& approximate) {
+Tensor bias_gelu(const Tensor& x, const Tensor& bias, const std::string& approximate,
+                 const std::optional<Tensor>& out_argument) {
   const char* op = "bias_gelu";
   check_kind(op, "x", x, "x", x);
   TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x is a scalar, expected (..., features)");
@@ -158,7 +174,9 @@ Tensor bias_gelu(const Tensor& x, const Tensor& bias, const std::string& approxi
                     "', expected one of none, tanh");
   const KernelTable& table = kernels();
   const Tensor dense = contiguous(x), dense_bias = contiguous(bias);
-  Tensor out = at::empty(x.sizes(), x.options());
+  const Tensor out = result(op, out_argument, x.sizes(), x);
+  at::assert_no_partial_overlap(out, dense);
+  at::assert_no_overlap(out, dense_bias);
   if (out.numel() == 0) return out;
   with_element_type(x, [&](auto element) {
     using T = decltype(element);
@@ -171,7 +189,8 @@ Tensor bias_gelu(const Tensor& x, const Tensor& bias, const std::string& approxi
 }
 
 Tensor residual_layer_norm(const Tensor& x, const Tensor& bias, const Tensor& residual, const Tensor& weight,
-                           const Tensor& layer_norm_bias, double eps, double dropout_p) {
+                           const Tensor& layer_norm_bias, double eps, double dropout_p,
+                           const std::optional<Tensor>& out_argument) {
   const char* op = "residual_layer_norm";
   check_kind(op, "x", x, "x", x);
   TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x is a scalar, expected (..., hidden_size)");
@@ -184,7 +203,9 @@ Tensor residual_layer_norm(const Tensor& x, const Tensor& bias, const Tensor& re
   const KernelTable& table = kernels();
   const Tensor dense = contiguous(x), dense_bias = contiguous(bias), dense_residual = contiguous(residual);
   const Tensor gain = contiguous(weight), shift = contiguous(layer_norm_bias);
-  Tensor out = at::empty(x.sizes(), x.options());
+  const Tensor out = result(op, out_argument, x.sizes(), x);
+  for (const Tensor& rows : {dense, dense_residual}) at::assert_no_partial_overlap(out, rows);
+  for (const Tensor& vector : {dense_bias, gain, shift}) at::assert_no_overlap(out, vector);
   if (out.numel() == 0) return out;
   with_element_type(x, [&](auto element) {
     using T = decltype(element);
@@ -309,8 +330,8 @@ AttentionStrides attention_strides(const Tensor& tensor) {
 }
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cu_seqlens,
-                 int64_t /* max_seqlen */, const std::optional<Tensor>& attention_mask, double scale,
-                 double dropout_p) {
+                 int64_t /* max_seqlen */, const std::optional<Tensor>& attention_mask, double scale, double dropout_p,
+                 const std::optional<Tensor>& out_argument) {
   const char* op = "attention";
   check_kind(op, "q", q, "q", q);
   check_kind(op, "k", k, "q", q);
@@ -344,8 +365,9 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
 
   const KernelTable& table = kernels();
   const Tensor dense_q = with_dense_heads(q), dense_k = with_dense_heads(k), dense_v = with_dense_heads(v);
-  // Positions that the mask hides are zeros.
-  Tensor out = mask.defined() ? at::zeros(q.sizes(), q.options()) : at::empty(q.sizes(), q.options());
+  const Tensor out = result(op, out_argument, q.sizes(), q);
+  for (const Tensor& rows : {dense_q, dense_k, dense_v}) at::assert_no_overlap(out, rows);
+  if (mask.defined()) out.zero_();  // positions that the mask hides are zeros
   if (out.numel() == 0) return out;
   const std::vector<AttentionTask> tasks = attention_tasks(std::move(sequences), q.size(-2));
   with_element_type(q, [&](auto element) {
@@ -366,10 +388,14 @@ std::string build_info() { return std::string("compiler ") + __VERSION__ + ", to
 PYBIND11_MODULE(_C, module) {
   using torch::wrap_pybind_function_no_gil;
   module.doc() = "The C++ kernels of bert_fast, for CPUs. Shapes and meaning: bert_fast.ops.";
-  module.def("bias_gelu", wrap_pybind_function_no_gil(bias_gelu));
-  module.def("residual_layer_norm", wrap_pybind_function_no_gil(residual_layer_norm));
+  const auto arg = [](const char* name) { return py::arg(name); };
+  const py::arg_v out = py::arg("out") = py::none();
+  module.def("bias_gelu", wrap_pybind_function_no_gil(bias_gelu), arg("x"), arg("bias"), arg("approximate"), out);
+  module.def("residual_layer_norm", wrap_pybind_function_no_gil(residual_layer_norm), arg("x"), arg("bias"),
+             arg("residual"), arg("weight"), arg("layer_norm_bias"), arg("eps"), arg("dropout_p"), out);
   module.def("embedding_layer_norm", wrap_pybind_function_no_gil(embedding_layer_norm));
-  module.def("attention", wrap_pybind_function_no_gil(attention));
+  module.def("attention", wrap_pybind_function_no_gil(attention), arg("q"), arg("k"), arg("v"), arg("cu_seqlens"),
+             arg("max_seqlen"), arg("attention_mask"), arg("scale"), arg("dropout_p"), out);
   module.def("pooling", wrap_pybind_function_no_gil(pooling));
   module.def("available_isas", available_isas, "Instruction sets that this machine has, best last.");
   module.def("set_isa", set_isa, "Run on this instruction set; ValueError when the machine does not have it.");

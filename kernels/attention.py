@@ -153,6 +153,7 @@ def attention(
     attention_mask: Tensor | None,
     scale: float,
     dropout_p: float,
+    out: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale) v within each sequence, with float32 softmax and sums.
 
@@ -164,6 +165,7 @@ def attention(
         attention_mask: (batch_size, seq_len) bool, True for the tokens there are; padded form only.
         scale: factor of the scores.
         dropout_p: 0.
+        out: where the result goes; shares no memory with q, k and v.
 
     Returns:
         The shape of q, contiguous, in q's dtype. Positions that the mask hides are zeros.
@@ -173,7 +175,7 @@ def attention(
     """
     if dropout_p > 0:
         raise ValueError(f"attention: dropout_p is {dropout_p}, the Triton kernel has no dropout")
-    out = q.new_empty(q.shape)
+    out = q.new_empty(q.shape) if out is None else out
     *_, num_tokens, heads, head_dim = q.shape
     batch_size = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     config = _config(head_dim, max_seqlen, q.dtype != torch.float32 and _has_matrix_units(q.device))

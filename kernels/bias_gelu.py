@@ -37,18 +37,19 @@ def _bias_gelu_kernel(
     tl.store(out_ptr + rows * num_features + features, t * gate, mask=inside)
 
 
-def bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
+def bias_gelu(x: Tensor, bias: Tensor, approximate: str, out: Tensor | None = None) -> Tensor:
     """gelu(x + bias), computed in float32.
 
     Args:
         x: (..., features), float32, float16 or bfloat16, any strides.
         bias: (features,), x's dtype.
         approximate: "none" (erf) or "tanh".
+        out: where the result goes; may be x.
 
     Returns:
         A contiguous tensor of x's shape and dtype.
     """
-    out = x.new_empty(x.shape)
+    out = x.new_empty(x.shape) if out is None else out
     if out.numel() == 0:
         return out
     num_features = x.shape[-1]

@@ -69,7 +69,14 @@ def _residual_layer_norm_kernel(
 
 
 def residual_layer_norm(
-    x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, layer_norm_bias: Tensor, eps: float, dropout_p: float
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    layer_norm_bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    out: Tensor | None = None,
 ) -> Tensor:
     """LayerNorm(x + bias + residual) over the last dimension, computed in float32.
 
@@ -78,6 +85,7 @@ def residual_layer_norm(
         bias, weight, layer_norm_bias: (hidden_size,), x's dtype.
         eps: added to the variance.
         dropout_p: 0.
+        out: where the result goes; may be x or residual.
 
     Returns:
         A contiguous tensor of x's shape and dtype.
@@ -87,7 +95,7 @@ def residual_layer_norm(
     """
     if dropout_p > 0:
         raise ValueError(f"residual_layer_norm: dropout_p is {dropout_p}, the Triton kernel has no dropout")
-    out = x.new_empty(x.shape)
+    out = x.new_empty(x.shape) if out is None else out
     if out.numel() == 0:
         return out
     hidden_size = x.shape[-1]

@@ -112,8 +112,12 @@ class Op:
         self._selections: dict[tuple[Any, ...], Selection] = {}
         self._registered = _register(self, schema, fake)
 
-    def __call__(self, *args: Any, traits: Traits = Traits(), impl: str | None = None) -> Tensor:
-        """Run the op on the best implementation, or on the one named; differentiable."""
+    def __call__(
+        self, *args: Any, traits: Traits = Traits(), impl: str | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Run the op on the best implementation, or on the one named; differentiable unless it writes into `out`."""
+        if out is not None:
+            return self._write(args, traits, impl, out)
         if torch.compiler.is_compiling() and impl is None:
             return self.reference(*args) if traits.dropout else self._registered(*args)
         self.check(*args)
@@ -124,6 +128,19 @@ class Op:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return _Differentiable.apply(self, run, *args)
         return run(*args)
+
+    def _write(self, args: Sequence[Any], traits: Traits, impl: str | None, out: Tensor) -> Tensor:
+        self.check(*args)
+        lead = args[self.lead]
+        if (out.shape, out.dtype, out.device) != (lead.shape, lead.dtype, lead.device) or not out.is_contiguous():
+            raise ValueError(
+                f"{self.name}: out is {out.dtype} of shape {tuple(out.shape)} with strides {out.stride()} on "
+                f"{out.device}, expected contiguous {lead.dtype} of shape {tuple(lead.shape)} on {lead.device}"
+            )
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in (*args, out)):
+            raise ValueError(f"{self.name}: out is given, but gradients are to be recorded")
+        run = self.select(lead.device.type, lead.dtype, traits, impl).run
+        return out.copy_(run(*args)) if run is self.reference else run(*args, out=out)
 
     def select(self, device: str, dtype: torch.dtype, traits: Traits = Traits(), impl: str | None = None) -> Selection:
         """The implementation that serves `device` (a type: "cpu", "cuda"), `dtype` and `traits`.

@@ -133,6 +133,7 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     impl: str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Bidirectional attention within each sequence.
 
@@ -146,6 +147,8 @@ def attention(
         scale: factor of the scores; 1 / sqrt(head_dim) when not given.
         dropout_p: probability of zeroing an attention probability; 0 in evaluation.
         impl: force "triton", "cpp" or "reference"; ValueError when it cannot serve the call.
+        out: where the result goes, without gradients: contiguous, of its shape and dtype;
+            shares no memory with q, k and v.
 
     Returns:
         The shape of q, contiguous, in q's dtype. Positions that the mask hides are zeros.
@@ -159,4 +162,4 @@ def attention(
         max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     traits = Traits(head_dim=q.shape[-1], dropout=dropout_p > 0)
-    return OP(q, k, v, cu_seqlens, max_seqlen, attention_mask, scale, dropout_p, traits=traits, impl=impl)
+    return OP(q, k, v, cu_seqlens, max_seqlen, attention_mask, scale, dropout_p, traits=traits, impl=impl, out=out)

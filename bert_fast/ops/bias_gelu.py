@@ -58,7 +58,9 @@ OP = Op(
 )
 
 
-def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str | None = None) -> Tensor:
+def bias_gelu(
+    x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str | None = None, out: Tensor | None = None
+) -> Tensor:
     """gelu(x + bias).
 
     Args:
@@ -66,6 +68,7 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str |
         bias: (features,), same dtype and device.
         approximate: "none" for the exact (erf) form, "tanh" for Google's.
         impl: force "triton", "cpp" or "reference"; ValueError when it cannot serve the call.
+        out: contiguous, of the result's shape and dtype: where the result goes, without gradients; may be x.
 
     Returns:
         A contiguous tensor of x's shape and dtype.
@@ -73,4 +76,4 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str |
     Raises:
         ValueError: shapes, dtypes or devices do not match.
     """
-    return OP(x, bias, approximate, impl=impl)
+    return OP(x, bias, approximate, impl=impl, out=out)

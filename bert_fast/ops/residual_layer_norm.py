@@ -77,6 +77,7 @@ def residual_layer_norm(
     eps: float = 1e-12,
     dropout_p: float = 0.0,
     impl: str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """LayerNorm(residual + dropout(x + bias)) over the last dimension.
 
@@ -88,6 +89,8 @@ def residual_layer_norm(
         eps: added to the variance.
         dropout_p: probability of zeroing an element of x + bias; 0 in evaluation.
         impl: force "triton", "cpp" or "reference"; ValueError when it cannot serve the call.
+        out: where the result goes, without gradients: contiguous, of its shape and dtype;
+            may be x or residual.
 
     Returns:
         A contiguous tensor of x's shape and dtype. Statistics are taken in float32 or wider.
@@ -95,6 +98,5 @@ def residual_layer_norm(
     Raises:
         ValueError: shapes, dtypes or devices do not match.
     """
-    return OP(
-        x, bias, residual, weight, layer_norm_bias, eps, dropout_p, traits=Traits(dropout=dropout_p > 0), impl=impl
-    )
+    traits = Traits(dropout=dropout_p > 0)
+    return OP(x, bias, residual, weight, layer_norm_bias, eps, dropout_p, traits=traits, impl=impl, out=out)

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from implementations import FORCEABLE, HAS_GPU, Implementation
+from implementations import FORCEABLE, Implementation
 from layouts import LAYOUTS
 from numerics import assert_forward, assert_gradients
 from torch import Tensor
@@ -102,7 +102,6 @@ def test_expanded(implementation: Implementation) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device and 14 GB of it")
 def test_offsets_past_2_to_the_31() -> None:
     triton = Implementation("triton", torch.bfloat16, "cuda")
     x, bias, residual, weight, layer_norm_bias = inputs(triton, 2_200_000, 1024)

@@ -8,10 +8,10 @@ import warnings
 
 warnings.simplefilter("error")
 
-import bert_fast._C  # noqa: E402
 import torch  # noqa: E402
 
 import bert_fast  # noqa: E402
+import bert_fast._C  # noqa: E402
 import bert_fast.kernels.attention  # noqa: E402
 import kernels  # noqa: E402
 from bert_fast import ops  # noqa: E402

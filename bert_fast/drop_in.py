@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from bert_fast import ops
 from bert_fast.activation import ACTIVATIONS
+from bert_fast.encoder import encode, first_tokens
 from bert_fast.inputs import BertInputs
-from bert_fast.modules import encode, first_tokens, obstacle
+from bert_fast.modules import obstacle
 from bert_fast.ragged import Padding, Ragged
 
 _MODELING = "transformers.models.bert.modeling_bert"

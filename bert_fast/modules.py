@@ -1,147 +1,16 @@
-"""The fast BERT: the plain one's parameters, run as a ragged batch of tokens through the ops.
-
-`encode` needs only a tree of modules with the names of a Hugging Face checkpoint, so it serves the classes below and
-somebody's transformers model alike.
-"""
+"""The fast BERT: the plain one's classes and parameters, run without padding by `encoder.encode`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_fast import heads, ops, reference
-from bert_fast.activation import GELU_FORMS, activation
+from bert_fast.encoder import encode, first_tokens
 from bert_fast.inputs import BertInputs
 from bert_fast.outputs import Encoded
 from bert_fast.ragged import Ragged
-
-
-def encode(
-    bert: Any, ragged: Ragged, hidden_act: str, num_heads: int, hidden_states: list[Tensor] | None = None
-) -> Tensor:
-    """The rows of the last layer.
-
-    Args:
-        bert: has `embeddings` and `encoder`, with the names of a Hugging Face BERT below them.
-        ragged: the tokens.
-        hidden_act: one of `activation.ACTIVATIONS`.
-        num_heads: attention heads.
-        hidden_states: if given, the embeddings and the rows of every layer are appended to it.
-
-    Returns:
-        (num_tokens, hidden_size), in the dtype of the parameters.
-    """
-    rows = _embed(bert.embeddings, ragged)
-    buffers = _Buffers.for_forward(rows)
-    if hidden_states is not None:
-        hidden_states.append(rows.clone() if buffers.reuse else rows)
-    for layer in bert.encoder.layer:
-        context = _attend(layer.attention.self, rows, ragged, num_heads, buffers)
-        rows = _residual(layer.attention.output, context, rows, buffers)
-        rows = _residual(layer.output, _widen(layer.intermediate.dense, rows, hidden_act, buffers), rows, buffers)
-        if hidden_states is not None:
-            hidden_states.append(rows.clone() if buffers.reuse else rows)
-    return rows
-
-
-class _Buffers:
-    """Memory for the intermediate results of a forward without gradients, which every layer uses again.
-
-    Fresh memory is not free: the pages of a new 25 MB tensor cost more to map than GELU costs to compute. Without
-    buffers (`reuse` is False) every product is a fresh tensor, as autograd, autocast and the compiler need them.
-    """
-
-    def __init__(self, reuse: bool) -> None:
-        self.reuse = reuse
-        self._tensors: dict[str, Tensor] = {}
-
-    @classmethod
-    def for_forward(cls, rows: Tensor) -> _Buffers:
-        """Buffers if nobody needs to see the intermediate results of this forward."""
-        recorded = torch.is_grad_enabled() or torch.is_autocast_enabled(rows.device.type)
-        return cls(reuse=not recorded and not torch.compiler.is_compiling())
-
-    def like(self, name: str, rows: Tensor, width: int) -> Tensor | None:
-        """The buffer of this name, (num_tokens, width), or None where results are fresh tensors."""
-        if not self.reuse:
-            return None
-        if name not in self._tensors:
-            self._tensors[name] = rows.new_empty((rows.shape[0], width))
-        return self._tensors[name]
-
-    def linear(self, name: str, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """rows @ weight.T + bias: (num_tokens, in_features) -> (num_tokens, out_features)."""
-        out = self.like(name, rows, weight.shape[0])
-        if out is None:
-            return F.linear(rows, weight, bias)
-        return torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
-
-
-def _embed(embeddings: Any, ragged: Ragged) -> Tensor:
-    norm = embeddings.LayerNorm
-    return ops.embedding_layer_norm(
-        ragged.input_ids,
-        ragged.position_ids,
-        ragged.token_type_ids,
-        embeddings.word_embeddings.weight,
-        embeddings.position_embeddings.weight,
-        embeddings.token_type_embeddings.weight,
-        norm.weight,
-        norm.bias,
-        eps=norm.eps,
-        dropout_p=_dropout_p(embeddings.dropout),
-    )
-
-
-def _attend(attention: Any, rows: Tensor, ragged: Ragged, num_heads: int, buffers: _Buffers) -> Tensor:
-    q, k, v = (
-        buffers.linear(name, rows, linear.weight, linear.bias).unflatten(-1, (num_heads, -1))
-        for name, linear in (("q", attention.query), ("k", attention.key), ("v", attention.value))
-    )  # (num_tokens, num_heads, head_dim)
-    out = buffers.like("context", rows, rows.shape[1])
-    return ops.attention(
-        q,
-        k,
-        v,
-        cu_seqlens=ragged.cu_seqlens,
-        max_seqlen=ragged.max_seqlen,
-        dropout_p=_dropout_p(attention.dropout),
-        out=None if out is None else out.view(q.shape),
-    ).flatten(-2)
-
-
-def _widen(dense: Any, rows: Tensor, hidden_act: str, buffers: _Buffers) -> Tensor:
-    if hidden_act not in GELU_FORMS:
-        return activation(F.linear(rows, dense.weight, dense.bias), hidden_act)
-    wide = buffers.linear("wide", rows, dense.weight)
-    # Under autocast the product comes in the lower dtype, the bias in the parameters'.
-    bias = dense.bias.to(wide.dtype)
-    return ops.bias_gelu(wide, bias, approximate=GELU_FORMS[hidden_act], out=wide if buffers.reuse else None)
-
-
-def _residual(output: Any, rows: Tensor, residual: Tensor, buffers: _Buffers) -> Tensor:
-    norm = output.LayerNorm
-    # Under autocast the residual stream stays in the parameters' dtype, as in the plain model.
-    product = buffers.linear("product", rows, output.dense.weight).to(residual.dtype)
-    return ops.residual_layer_norm(
-        product,
-        output.dense.bias,
-        residual,
-        norm.weight,
-        norm.bias,
-        eps=norm.eps,
-        dropout_p=_dropout_p(output.dropout),
-        out=residual if buffers.reuse else None,
-    )
-
-
-def _dropout_p(dropout: nn.Dropout) -> float:
-    return dropout.p if dropout.training else 0.0
-
 
 #: What `obstacle` lets the ops replace, besides the containers of a family.
 LEAVES = frozenset({nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList})
@@ -203,7 +72,7 @@ class BertModel(Pretrained, reference.BertModel):
     """
 
     def encode(self, ragged: Ragged, hidden_states: list[Tensor] | None = None) -> Tensor:
-        """The last layer's rows, (num_tokens, hidden_size), of a batch that has no padding; see `modules.encode`."""
+        """The last layer's rows, (num_tokens, hidden_size), of a batch that has no padding; see `encoder.encode`."""
         return encode(self, ragged, self.config.hidden_act, self.config.num_attention_heads, hidden_states)
 
     def encode_batch(self, inputs: BertInputs) -> Encoded:
@@ -227,11 +96,6 @@ class BertModel(Pretrained, reference.BertModel):
 
     def _obstacle(self) -> str | None:
         return obstacle(self.embeddings, _KNOWN) or obstacle(self.encoder, _KNOWN)
-
-
-def first_tokens(rows: Tensor, ragged: Ragged) -> Tensor:
-    """(batch_size, hidden_size), the first token of each sequence; zeros for one without tokens."""
-    return ops.pooling(rows, ragged.cu_seqlens, mode="cls")
 
 
 class BertForMaskedLM(Pretrained, heads.BertForMaskedLM):

@@ -21,8 +21,9 @@ ALLOWED = {
     "heads": LIGHT,
     "reference": LIGHT | {"heads"},
     "ops": {"kernels", "_C", "ops"},
-    "modules": LIGHT | {"heads", "reference", "ops", "loading"},
-    "drop_in": LIGHT | {"modules", "ops"},
+    "encoder": LIGHT | {"ops"},
+    "modules": LIGHT | {"encoder"} | {"heads", "reference", "ops", "loading"},
+    "drop_in": LIGHT | {"encoder", "modules", "ops"},
 }
 ABOVE = {
     "__init__", "loading", "folders", "tokenization", "embedder", "bulk", "verify", "benchmarking", "info", "doctor",

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_fast.activation import activation
+from bert_fast.checks import ids_in_range
 from bert_fast.config import BertConfig
 from bert_fast.inputs import BertInputs
 from bert_fast.outputs import Encoded, LogitsOutput, ModelOutput, PreTrainingOutput, QuestionAnsweringOutput
@@ -48,20 +49,11 @@ def initialize(module: nn.Module, config: BertConfig, truncated: bool = False) -
                 nn.init.zeros_(part.weight[part.padding_idx].detach())
 
 
-def check_labels(name: str, labels: Tensor, num_classes: int) -> None:
-    """Labels are in [0, num_classes) or -100, which is ignored; ValueError with the first one that is not."""
-    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != IGNORED_LABEL)
-    if bool(wrong.any()):
-        index = tuple(wrong.nonzero()[0].tolist())
-        where = index[0] if len(index) == 1 else index
-        raise ValueError(f"{name} {labels[index].item()} at index {where} is out of range [0, {num_classes})")
-
-
 def cross_entropy(logits: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
     """Mean over the labels that are not -100; logits (..., classes), labels (...)."""
     if labels.numel() * logits.shape[-1] != logits.numel():
         raise ValueError(f"{name} has shape {tuple(labels.shape)}, but the logits have {tuple(logits.shape)}")
-    check_labels(name, labels, logits.shape[-1])
+    ids_in_range(name, labels, logits.shape[-1], ignored=IGNORED_LABEL)
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long())
 
 

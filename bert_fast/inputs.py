@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from bert_fast.checks import ids_in_range
 from bert_fast.config import BertConfig
 from bert_fast.ragged import Padding, Ragged, keep_mask, pack
 
@@ -165,19 +166,7 @@ def _check_ids(name: str, ids: Tensor, shape: tuple[int, int] | None, size: int)
         raise ValueError(f"{name} is {ids.dtype}, expected int64 or int32")
     if ids.dim() != 2 or (shape is not None and ids.shape != shape):
         raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected {shape or '(batch_size, seq_len)'}")
-    check_range(name, ids, size)
-
-
-@torch.compiler.disable
-def check_range(name: str, ids: Tensor, size: int) -> None:
-    """Every id is in [0, size); ValueError naming the first one that is not, and where it stands."""
-    if ids.numel() == 0:
-        return
-    low, high = torch.aminmax(ids)
-    if int(low) < 0 or int(high) >= size:
-        index = tuple(((ids < 0) | (ids >= size)).nonzero()[0].tolist())
-        where = index[0] if len(index) == 1 else index
-        raise ValueError(f"{name} {int(ids[index])} at index {where} is out of range [0, {size})")
+    ids_in_range(name, ids, size)
 
 
 @torch.compiler.disable

@@ -30,17 +30,6 @@ def shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
 
 
-def ids_in_range(name: str, ids: Tensor, size: int) -> None:
-    """Every id is in [0, size); the message names the first one that is not, and where it stands."""
-    if ids.numel() == 0:
-        return
-    low, high = (int(v) for v in ids.aminmax())
-    if low < 0 or high >= size:
-        index = tuple(((ids < 0) | (ids >= size)).nonzero()[0].tolist())
-        where = index[0] if len(index) == 1 else index
-        raise ValueError(f"{name} {int(ids[index])} at index {where} is out of range [0, {size})")
-
-
 def cu_seqlens(op: str, offsets: Tensor, device: torch.device) -> None:
     """`offsets` is int32 of shape (batch_size + 1,) on `device` (its values: `sequence_bounds`)."""
     if offsets.dim() != 1 or offsets.numel() < 1 or offsets.dtype != torch.int32:

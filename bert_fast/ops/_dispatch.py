@@ -92,6 +92,7 @@ class Op:
         check: takes the same arguments and raises ValueError for what no implementation may see.
         impls: fused implementations, best first; each takes the same arguments.
         lead: index of the tensor argument whose device and dtype decide.
+        traits: takes the same arguments and returns what else decides.
     """
 
     def __init__(
@@ -103,34 +104,38 @@ class Op:
         check: Callable[..., None],
         impls: Sequence[Impl],
         lead: int = 0,
+        traits: Callable[..., Traits] = lambda *args: Traits(),
     ) -> None:
         self.name = name
         self.reference = reference
         self.check = check
         self.impls = tuple(impls)
         self.lead = lead
+        self.traits = traits
         self._selections: dict[tuple[Any, ...], Selection] = {}
         self._registered = _register(self, schema, fake)
 
-    def __call__(
-        self, *args: Any, traits: Traits = Traits(), impl: str | None = None, out: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, *args: Any, impl: str | None = None, out: Tensor | None = None) -> Tensor:
         """Run the op on the best implementation, or on the one named; differentiable unless it writes into `out`."""
         if out is not None:
-            return self._write(args, traits, impl, out)
+            return self._write(args, impl, out)
         if torch.compiler.is_compiling() and impl is None:
-            return self.reference(*args) if traits.dropout else self._registered(*args)
-        self.check(*args)
-        lead = args[self.lead]
-        run = self.select(lead.device.type, lead.dtype, traits, impl).run
+            return self.reference(*args) if self.traits(*args).dropout else self._registered(*args)
+        run = self._run_for(args, impl)
         if run is self.reference:
             return run(*args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return _Differentiable.apply(self, run, *args)
         return run(*args)
 
-    def _write(self, args: Sequence[Any], traits: Traits, impl: str | None, out: Tensor) -> Tensor:
+    def _run_for(self, args: Sequence[Any], impl: str | None = None) -> Callable[..., Tensor]:
+        """What runs these arguments, once they are checked."""
         self.check(*args)
+        lead = args[self.lead]
+        return self.select(lead.device.type, lead.dtype, self.traits(*args), impl).run
+
+    def _write(self, args: Sequence[Any], impl: str | None, out: Tensor) -> Tensor:
+        run = self._run_for(args, impl)
         lead = args[self.lead]
         if (out.shape, out.dtype, out.device) != (lead.shape, lead.dtype, lead.device) or not out.is_contiguous():
             raise ValueError(
@@ -139,7 +144,6 @@ class Op:
             )
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in (*args, out)):
             raise ValueError(f"{self.name}: out is given, but gradients are to be recorded")
-        run = self.select(lead.device.type, lead.dtype, traits, impl).run
         return out.copy_(run(*args)) if run is self.reference else run(*args, out=out)
 
     def select(self, device: str, dtype: torch.dtype, traits: Traits = Traits(), impl: str | None = None) -> Selection:
@@ -245,10 +249,7 @@ def _register(op: Op, schema: str, fake: Callable[..., Tensor]) -> Callable[...,
     """Register `bert_fast::<name>` and its backward, opaque to `torch.compile`, and return the op."""
 
     def forward(*args: Any) -> Tensor:
-        op.check(*args)
-        lead = args[op.lead]
-        heads = Traits(head_dim=lead.shape[-1]) if op.name == "attention" else Traits()
-        return op.select(lead.device.type, lead.dtype, heads).run(*args)
+        return op._run_for(args)(*args)
 
     registered = torch.library.custom_op(f"bert_fast::{op.name}", forward, mutates_args=(), schema=schema)
     registered.register_fake(fake)

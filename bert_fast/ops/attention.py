@@ -119,6 +119,7 @@ OP = Op(
         Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton, _triton_limits),
         Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp),
     ),
+    traits=lambda *args: Traits(head_dim=args[0].shape[-1], dropout=args[7] > 0),
 )
 
 
@@ -161,5 +162,4 @@ def attention(
     elif max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    traits = Traits(head_dim=q.shape[-1], dropout=dropout_p > 0)
-    return OP(q, k, v, cu_seqlens, max_seqlen, attention_mask, scale, dropout_p, traits=traits, impl=impl, out=out)
+    return OP(q, k, v, cu_seqlens, max_seqlen, attention_mask, scale, dropout_p, impl=impl, out=out)

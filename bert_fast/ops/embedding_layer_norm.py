@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bert_fast.checks import ids_in_range
 from bert_fast.ops import _check
 from bert_fast.ops._dispatch import Impl, Op, Traits
 
@@ -69,7 +70,7 @@ def check(
         if ids.device != table.device:
             raise ValueError(f"{op}: {name} is on {ids.device} but its table is on {table.device}")
         _check.shape(op, name, ids, input_ids.shape)
-        _check.ids_in_range(name, ids, table.shape[0])
+        ids_in_range(name, ids, table.shape[0])
     _check.probability(op, "dropout_p", dropout_p)
 
 
@@ -114,6 +115,7 @@ OP = Op(
         Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp),
     ),
     lead=3,
+    traits=lambda *args: Traits(dropout=args[9] > 0),
 )
 
 
@@ -159,6 +161,5 @@ def embedding_layer_norm(
         layer_norm_bias,
         eps,
         dropout_p,
-        traits=Traits(dropout=dropout_p > 0),
         impl=impl,
     )

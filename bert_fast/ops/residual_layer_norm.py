@@ -64,6 +64,7 @@ OP = Op(
         Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton),
         Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp),
     ),
+    traits=lambda *args: Traits(dropout=args[6] > 0),
 )
 
 
@@ -98,5 +99,4 @@ def residual_layer_norm(
     Raises:
         ValueError: shapes, dtypes or devices do not match.
     """
-    traits = Traits(dropout=dropout_p > 0)
-    return OP(x, bias, residual, weight, layer_norm_bias, eps, dropout_p, traits=traits, impl=impl, out=out)
+    return OP(x, bias, residual, weight, layer_norm_bias, eps, dropout_p, impl=impl, out=out)

@@ -1,0 +1,28 @@
+"""Is every id inside its table? Asked of tokens, positions, types and labels, before any of them is used."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.compiler.disable
+def ids_in_range(name: str, ids: Tensor, size: int, ignored: int | None = None) -> None:
+    """Check that every id is in [0, size), or is `ignored`.
+
+    Raises:
+        ValueError: one is not; the message has the first such value and its index.
+    """
+    if ids.numel() == 0:
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low >= 0 and high < size:
+        return
+    wrong = (ids < 0) | (ids >= size)
+    if ignored is not None:
+        wrong &= ids != ignored
+    if not bool(wrong.any()):
+        return
+    index = tuple(wrong.nonzero()[0].tolist())
+    where = index[0] if len(index) == 1 else index
+    raise ValueError(f"{name} {ids[index].item()} at index {where} is out of range [0, {size})")

@@ -1,9 +1,17 @@
-"""Is every id inside its table? Asked of tokens, positions, types and labels, before any of them is used."""
+"""Questions asked before anything runs: is every id inside its table, and are there values to look at at all?"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def is_recorded() -> bool:
+    """Whether the call is being written down as a program for other inputs (torch.export, torch.onnx, torch.jit.trace).
+
+    What depends on the values of its inputs, as packing does, would be fixed to those of the example.
+    """
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 @torch.compiler.disable
@@ -13,7 +21,7 @@ def ids_in_range(name: str, ids: Tensor, size: int, ignored: int | None = None) 
     Raises:
         ValueError: one is not; the message has the first such value and its index.
     """
-    if ids.numel() == 0:
+    if ids.numel() == 0 or is_recorded():
         return
     low, high = (int(bound) for bound in ids.aminmax())
     if low >= 0 and high < size:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bert_fast import ops
 from bert_fast.activation import ACTIVATIONS
+from bert_fast.checks import is_recorded
 from bert_fast.encoder import encode, first_tokens
 from bert_fast.inputs import BertInputs
 from bert_fast.modules import obstacle
@@ -43,7 +44,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     The model keeps its class, signature, outputs, `state_dict` and the very same parameters. Two things differ from
     the plain path: positions that `attention_mask` hides come back as zeros, and the pooler reads the first token that
     the mask keeps (the first position, unless the batch is padded on the left). Calls that the ops do not serve, such
-    as `output_attentions=True`, run the plain path.
+    as `output_attentions=True`, run the plain path; so does a model that is being exported or traced.
 
     Args:
         model: a transformers `BertModel` or `BertFor*`, or a sentence-transformers `SentenceTransformer` or
@@ -173,7 +174,7 @@ def _forward(
     asked.update((name, value) for name, value in kwargs.items() if name not in _IGNORED)
     if input_ids is None or any(value is not None for value in unserved) or any(_is_asked(v) for v in asked.values()):
         return None
-    if attention_mask is not None and attention_mask.dim() > 2:
+    if is_recorded() or (attention_mask is not None and attention_mask.dim() > 2):
         return None
     inputs = BertInputs(input_ids, attention_mask, token_type_ids, position_ids, cu_seq_lens_q=cu_seq_lens_q)
     batch = _ragged_batch(bert, inputs)

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from bert_fast import heads, ops, reference
+from bert_fast.checks import is_recorded
 from bert_fast.encoder import encode, first_tokens
 from bert_fast.inputs import BertInputs
 from bert_fast.outputs import Encoded
@@ -68,7 +69,8 @@ class Pretrained(nn.Module):
 class BertModel(Pretrained, reference.BertModel):
     """The plain BERT's arguments, parameters and answers, computed without padding on the ops.
 
-    Calls that the ops do not serve (`output_attentions`, `inputs_embeds`) run the plain definition.
+    Calls that the ops do not serve (`output_attentions`, `inputs_embeds`) and programs being recorded (`torch.export`)
+    run the plain definition.
     """
 
     def encode(self, ragged: Ragged, hidden_states: list[Tensor] | None = None) -> Tensor:
@@ -77,7 +79,7 @@ class BertModel(Pretrained, reference.BertModel):
 
     def encode_batch(self, inputs: BertInputs) -> Encoded:
         """The hidden rows of a batch, one per token there is."""
-        if inputs.output_attentions or inputs.inputs_embeds is not None:
+        if inputs.output_attentions or inputs.inputs_embeds is not None or is_recorded():
             return super().encode_batch(inputs)
         if reason := self._obstacle():
             ops.warn_of_fallback(f"the plain definition runs instead of the fast one: {reason}")

@@ -268,6 +268,35 @@ def test_compile(backend):
     torch.testing.assert_close(got, model.bert.embeddings.word_embeddings.weight.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_recorded_programs_hold_for_other_batches():
+    """Exported and traced, the plain path is recorded: packing would be fixed to the example's lengths."""
+    model, inputs = make("BertForTokenClassification"), batch()
+    other = {k: v[:2, :5] for k, v in batch(batch_size=4).items()}
+    expected = model(**other).logits
+    bert_fast.accelerate(model)
+    shape = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    with torch.no_grad():
+        exported = torch.export.export(model, (), inputs, dynamic_shapes=dict.fromkeys(inputs, shape)).module()
+        torch.testing.assert_close(exported(**other).logits, expected)
+        ordered = ("input_ids", "attention_mask", "token_type_ids")
+        traced = torch.jit.trace(model, tuple(inputs[name] for name in ordered), strict=False)
+        torch.testing.assert_close(traced(*(other[name] for name in ordered))["logits"], expected)
+
+
+def test_functional_gradients():
+    model = make("BertForSequenceClassification")
+    parameters, inputs = dict(model.named_parameters()), batch()
+
+    def loss(parameters):
+        call = {**inputs, "labels": torch.tensor([0, 1, 0])}
+        return torch.func.functional_call(model, parameters, (), call).loss
+
+    expected = torch.func.grad(loss)(parameters)
+    bert_fast.accelerate(model)
+    for name, gradient in torch.func.grad(loss)(parameters).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "duplicate",
     [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m)), functools.partial(torch.save)],

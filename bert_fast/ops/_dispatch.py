@@ -214,19 +214,30 @@ class _Differentiable(torch.autograd.Function):
     """A fused forward with the gradient of the definition: the backward recomputes the reference."""
 
     @staticmethod
-    def forward(ctx: Any, op: Op, run: Callable[..., Tensor], *args: Any) -> Tensor:
-        ctx.op = op
-        ctx.is_tensor = [isinstance(a, Tensor) for a in args]
-        ctx.others = [None if isinstance(a, Tensor) else a for a in args]
-        ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
+    def forward(op: Op, run: Callable[..., Tensor], *args: Any) -> Tensor:
         return run(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.op, _, *args = inputs
+        _save_arguments(ctx, args)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        args = [next(saved) if t else other for t, other in zip(ctx.is_tensor, ctx.others, strict=True)]
-        return (None, None, *_reference_backward(ctx.op, grad, args, ctx.needs_input_grad[2:]))
+        return (None, None, *_reference_backward(ctx.op, grad, _saved_arguments(ctx), ctx.needs_input_grad[2:]))
+
+
+def _save_arguments(ctx: Any, args: Sequence[Any]) -> None:
+    """Keep an op's arguments for its backward: tensors as autograd wants them kept, the rest as they are."""
+    ctx.others = [None if isinstance(a, Tensor) else a for a in args]
+    ctx.is_tensor = [isinstance(a, Tensor) for a in args]
+    ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
+
+
+def _saved_arguments(ctx: Any) -> list[Any]:
+    saved = iter(ctx.saved_tensors)
+    return [next(saved) if t else other for t, other in zip(ctx.is_tensor, ctx.others, strict=True)]
 
 
 def _reference_backward(op: Op, grad: Tensor, args: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
@@ -273,13 +284,10 @@ def _register(op: Op, schema: str, fake: Callable[..., Tensor]) -> Callable[...,
         return [torch.empty_like(a) for a, need in zip(args, differentiable(args), strict=True) if need]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.is_tensor = [isinstance(a, Tensor) for a in inputs]
-        ctx.others = [None if isinstance(a, Tensor) else a for a in inputs]
-        ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
+        _save_arguments(ctx, inputs)
 
     def run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        args = [next(saved) if t else other for t, other in zip(ctx.is_tensor, ctx.others, strict=True)]
+        args = _saved_arguments(ctx)
         grads = iter(registered_backward(grad, *args))
         return tuple(next(grads) if need else None for need in differentiable(args))
 

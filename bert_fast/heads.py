@@ -6,7 +6,7 @@ hides take no part in a loss, so that it does not depend on how much padding a t
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,32 +21,25 @@ from bert_fast.outputs import Encoded, LogitsOutput, ModelOutput, PreTrainingOut
 IGNORED_LABEL = -100
 
 
-class Encoder(Protocol):
-    """What a head needs of its `base`."""
-
-    def encode_batch(self, inputs: BertInputs) -> Encoded:
-        """The hidden rows of a batch."""
-
-
 def initialize(module: nn.Module, config: BertConfig, truncated: bool = False) -> None:
-    """Fresh parameters: weights from a normal of standard deviation `initializer_range`, biases 0, LayerNorm gains 1.
+    """Fresh parameters: weights from a normal of standard deviation `initializer_range`, biases and padding's row 0.
 
     Args:
         module: the tree to initialise, in place.
         config: gives `initializer_range`.
         truncated: cut the normal at two standard deviations, as Google's code does; transformers does not.
     """
+    deviation = config.initializer_range
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             if truncated:
-                deviation = config.initializer_range
                 nn.init.trunc_normal_(part.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
             else:
-                nn.init.normal_(part.weight, std=config.initializer_range)
-            if isinstance(part, nn.Linear) and part.bias is not None:
-                nn.init.zeros_(part.bias)
-            if isinstance(part, nn.Embedding) and part.padding_idx is not None:
-                nn.init.zeros_(part.weight[part.padding_idx].detach())
+                nn.init.normal_(part.weight, std=deviation)
+        if isinstance(part, nn.Linear):
+            nn.init.zeros_(part.bias)
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            nn.init.zeros_(part.weight[part.padding_idx].detach())
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
@@ -65,11 +58,17 @@ def token_loss(logits: Tensor, labels: Tensor, encoded: Encoded) -> Tensor:
 
 
 class Head(nn.Module):
-    """A model whose encoder is `self.bert`."""
+    """A model whose encoder is `self.bert`.
+
+    Attributes:
+        base: the encoder's class, which a subclass names.
+        pooled: whether the head reads the pooler's output.
+        other_labels: names of the targets it takes besides `labels`.
+    """
 
     base: type[Any]
-    #: Whether the head reads the pooler's output.
     pooled: bool = True
+    other_labels: tuple[str, ...] = ()
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -96,9 +95,6 @@ class Head(nn.Module):
         inputs = BertInputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
         output = self.read(self.bert.encode_batch(inputs), labels, **targets)
         return output.to_tuple() if return_dict is False else output
-
-    #: Names of the targets a head takes besides `labels`.
-    other_labels: tuple[str, ...] = ()
 
     def read(self, encoded: Encoded, labels: Tensor | None, **targets: Tensor | None) -> ModelOutput:
         """The head's output from the encoder's."""

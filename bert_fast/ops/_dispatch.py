@@ -45,6 +45,7 @@ class Impl:
         dtypes: dtypes it takes.
         load: returns the callable; runs once, on first use; raises ImportError with the reason when it cannot.
         limits: why it refuses the given traits, or None.
+        validates: it raises ValueError by itself for what the op's `check` refuses.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Impl:
     dtypes: tuple[torch.dtype, ...]
     load: Callable[[], Callable[..., Any]]
     limits: Callable[[Traits], str | None] = lambda traits: None
+    validates: bool = False
 
     def refusal(self, device: str, dtype: torch.dtype, traits: Traits) -> str | None:
         """Why this implementation does not serve the call, or None when it does."""
@@ -79,6 +81,7 @@ class Selection:
     name: str
     run: Callable[..., Any]
     refusals: tuple[tuple[str, str], ...]
+    validates: bool = False
 
 
 class Op:
@@ -121,21 +124,33 @@ class Op:
             return self._write(args, impl, out)
         if torch.compiler.is_compiling() and impl is None:
             return self.reference(*args) if self.traits(*args).dropout else self._registered(*args)
-        run = self._run_for(args, impl)
-        if run is self.reference:
-            return run(*args)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return _Differentiable.apply(self, run, *args)
-        return run(*args)
+        selection = self._selection_for(args, impl)
+        recorded = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if recorded and selection.name != REFERENCE:
+            return _Differentiable.apply(self, selection, *args)
+        return self._run(selection, args)
 
-    def _run_for(self, args: Sequence[Any], impl: str | None = None) -> Callable[..., Tensor]:
-        """What runs these arguments, once they are checked."""
-        self.check(*args)
+    def _selection_for(self, args: Sequence[Any], impl: str | None = None) -> Selection:
         lead = args[self.lead]
-        return self.select(lead.device.type, lead.dtype, self.traits(*args), impl).run
+        key = (lead.device.type, lead.dtype, self.traits(*args), impl or _forced)
+        selection = self._selections.get(key)
+        if selection is None:
+            self.check(*args)  # before anybody is told which implementation refuses such arguments
+            selection = self.select(*key)
+        return selection
+
+    def _run(self, selection: Selection, args: Sequence[Any], **out: Tensor) -> Tensor:
+        """Run checked arguments: a validating implementation looks at them itself, which takes less time."""
+        if not selection.validates:
+            self.check(*args)
+            return selection.run(*args, **out)
+        try:
+            return selection.run(*args, **out)
+        except ValueError:
+            self.check(*args)  # raises the same in words that do not depend on the implementation
+            raise
 
     def _write(self, args: Sequence[Any], impl: str | None, out: Tensor) -> Tensor:
-        run = self._run_for(args, impl)
         lead = args[self.lead]
         if (out.shape, out.dtype, out.device) != (lead.shape, lead.dtype, lead.device) or not out.is_contiguous():
             raise ValueError(
@@ -144,7 +159,10 @@ class Op:
             )
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in (*args, out)):
             raise ValueError(f"{self.name}: out is given, but gradients are to be recorded")
-        return out.copy_(run(*args)) if run is self.reference else run(*args, out=out)
+        selection = self._selection_for(args, impl)
+        if selection.name == REFERENCE:
+            return out.copy_(self._run(selection, args))
+        return self._run(selection, args, out=out)
 
     def select(self, device: str, dtype: torch.dtype, traits: Traits = Traits(), impl: str | None = None) -> Selection:
         """The implementation that serves `device` (a type: "cpu", "cuda"), `dtype` and `traits`.
@@ -170,7 +188,7 @@ class Op:
             elif reason := impl.refusal(device, dtype, traits):
                 refusals.append((impl.name, reason))
             else:
-                return Selection(impl.name, impl.load(), tuple(refusals))
+                return Selection(impl.name, impl.load(), tuple(refusals), impl.validates)
         if wanted in (None, REFERENCE):
             if wanted is None:
                 self._warn_of_refusals(device, dtype, refusals)
@@ -214,8 +232,8 @@ class _Differentiable(torch.autograd.Function):
     """A fused forward with the gradient of the definition: the backward recomputes the reference."""
 
     @staticmethod
-    def forward(op: Op, run: Callable[..., Tensor], *args: Any) -> Tensor:
-        return run(*args)
+    def forward(op: Op, selection: Selection, *args: Any) -> Tensor:
+        return op._run(selection, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -223,7 +241,6 @@ class _Differentiable(torch.autograd.Function):
         _save_arguments(ctx, args)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, *_reference_backward(ctx.op, grad, _saved_arguments(ctx), ctx.needs_input_grad[2:]))
 
@@ -260,7 +277,7 @@ def _register(op: Op, schema: str, fake: Callable[..., Tensor]) -> Callable[...,
     """Register `bert_fast::<name>` and its backward, opaque to `torch.compile`, and return the op."""
 
     def forward(*args: Any) -> Tensor:
-        return op._run_for(args)(*args)
+        return op._run(op._selection_for(args), args)
 
     registered = torch.library.custom_op(f"bert_fast::{op.name}", forward, mutates_args=(), schema=schema)
     registered.register_fake(fake)

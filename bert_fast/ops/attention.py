@@ -11,6 +11,8 @@ from torch import Tensor
 from bert_fast.ops import _check
 from bert_fast.ops._dispatch import Impl, Op, Traits
 
+_SHAPES = "(batch_size, seq_len, heads, head_dim), or (num_tokens, heads, head_dim) with cu_seqlens"
+
 
 def reference(
     q: Tensor,
@@ -65,10 +67,7 @@ def check(
             raise ValueError("attention: attention_mask and cu_seqlens are both given, expected one of them")
         _check.cu_seqlens("attention", cu_seqlens, q.device)
     elif q.dim() != 4:
-        raise ValueError(
-            f"attention: q has shape {tuple(q.shape)}, expected (batch_size, seq_len, heads, head_dim), "
-            "or (num_tokens, heads, head_dim) with cu_seqlens"
-        )
+        raise ValueError(f"attention: q has shape {tuple(q.shape)}, expected {_SHAPES}")
     elif attention_mask is not None:
         _check.shape("attention", "attention_mask", attention_mask, q.shape[:2])
         if attention_mask.dtype != torch.bool:
@@ -117,7 +116,7 @@ OP = Op(
     check=check,
     impls=(
         Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton, _triton_limits),
-        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp),
+        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True),
     ),
     traits=lambda *args: Traits(head_dim=args[0].shape[-1], dropout=args[7] > 0),
 )
@@ -157,6 +156,8 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or devices do not match.
     """
+    if q.dim() not in (3, 4):
+        raise ValueError(f"attention: q has shape {tuple(q.shape)}, expected 3 or 4 dimensions: {_SHAPES}")
     if cu_seqlens is None:
         max_seqlen = q.shape[1] if q.dim() == 4 else 0
     elif max_seqlen is None:

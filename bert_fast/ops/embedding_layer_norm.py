@@ -24,10 +24,11 @@ def reference(
     layer_norm_bias: Tensor,
     eps: float,
     dropout_p: float,
+    padding_idx: int | None = None,
 ) -> Tensor:
     """The definition."""
     hidden = (
-        F.embedding(input_ids, word_embeddings)
+        F.embedding(input_ids, word_embeddings, padding_idx)
         + F.embedding(token_type_ids, token_type_embeddings)
         + F.embedding(position_ids, position_embeddings)
     )
@@ -45,6 +46,7 @@ def check(
     layer_norm_bias: Tensor,
     eps: float,
     dropout_p: float,
+    padding_idx: int | None = None,
 ) -> None:
     """ValueError for shapes, dtypes, devices or ids that no implementation takes."""
     op = "embedding_layer_norm"
@@ -85,34 +87,40 @@ def fake(
     layer_norm_bias: Tensor,
     eps: float,
     dropout_p: float,
+    padding_idx: int | None = None,
 ) -> Tensor:
     """Shape and dtype of the result."""
     return word_embeddings.new_empty((*input_ids.shape, word_embeddings.shape[1]))
 
 
+def _forward_only(fused: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A kernel without `padding_idx`, which only the gradient depends on."""
+    return lambda *args: fused(*args[:10])
+
+
 def _load_triton() -> Callable[..., Tensor]:
     from bert_fast.kernels.embedding_layer_norm import embedding_layer_norm
 
-    return embedding_layer_norm
+    return _forward_only(embedding_layer_norm)
 
 
 def _load_cpp() -> Callable[..., Tensor]:
     from bert_fast._C import embedding_layer_norm
 
-    return embedding_layer_norm
+    return _forward_only(embedding_layer_norm)
 
 
 OP = Op(
     "embedding_layer_norm",
     "(Tensor input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word_embeddings,"
     " Tensor position_embeddings, Tensor token_type_embeddings, Tensor weight, Tensor layer_norm_bias,"
-    " float eps, float dropout_p) -> Tensor",
+    " float eps, float dropout_p, int? padding_idx=None) -> Tensor",
     reference=reference,
     fake=fake,
     check=check,
     impls=(
         Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton),
-        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp),
+        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True),
     ),
     lead=3,
     traits=lambda *args: Traits(dropout=args[9] > 0),
@@ -131,6 +139,7 @@ def embedding_layer_norm(
     *,
     eps: float = 1e-12,
     dropout_p: float = 0.0,
+    padding_idx: int | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])).
@@ -141,6 +150,7 @@ def embedding_layer_norm(
         weight, layer_norm_bias: (hidden_size,), gain and bias of the LayerNorm.
         eps: added to the variance.
         dropout_p: probability of zeroing an element of the result; 0 in evaluation.
+        padding_idx: row of `word_embeddings` that gets no gradient, as in `torch.nn.Embedding`.
         impl: force "triton", "cpp" or "reference"; ValueError when it cannot serve the call.
 
     Returns:
@@ -161,5 +171,6 @@ def embedding_layer_norm(
         layer_norm_bias,
         eps,
         dropout_p,
+        padding_idx,
         impl=impl,
     )

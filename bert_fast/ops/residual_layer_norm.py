@@ -62,7 +62,7 @@ OP = Op(
     check=check,
     impls=(
         Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton),
-        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp),
+        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True),
     ),
     traits=lambda *args: Traits(dropout=args[6] > 0),
 )

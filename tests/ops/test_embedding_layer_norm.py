@@ -121,6 +121,26 @@ def test_gradients(impl: str, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("impl", FORCEABLE)
+def test_the_row_of_padding_gets_no_gradient(impl: str) -> None:
+    """As in `torch.nn.Embedding`; the result is the same."""
+    case = Implementation("any", torch.float32)
+    token_ids, (word, *others) = ids(case, (4, 6)), parameters(case, 20)
+    row = int(token_ids[0][0, 0])
+    gradients, results = [], []
+    for padding_idx in (None, row):
+        table = word.clone().requires_grad_()
+        out = ops.embedding_layer_norm(*token_ids, table, *others, padding_idx=padding_idx, impl=impl)
+        out.pow(3).sum().backward()
+        assert table.grad is not None
+        gradients.append(table.grad)
+        results.append(out)
+    assert torch.equal(*results)
+    assert gradients[0][row].any()
+    gradients[0][row] = 0
+    assert torch.equal(*gradients)
+
+
 def test_gradcheck_of_the_definition() -> None:
     case = Implementation("any", torch.float64)
     token_ids = ids(case, (4,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -39,9 +40,8 @@ def __dir__() -> list[str]:
 
 def _one_thread_after_fork() -> None:
     """A forked child must not wait for OpenMP threads that only its parent has: PyTorch hangs there otherwise."""
-    import torch
-
-    torch.set_num_threads(1)
+    if torch := sys.modules.get("torch"):  # a process without it has no such threads, and its children need not load it
+        torch.set_num_threads(1)
 
 
 os.register_at_fork(after_in_child=_one_thread_after_fork)

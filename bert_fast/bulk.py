@@ -33,6 +33,8 @@ def read_texts(path: str, text_field: str | None = None) -> Iterator[str]:
         OSError: the file cannot be read.
     """
     as_json = text_field is not None or path.endswith(".jsonl")
+    if path == STDIN and sys.stdin is None:
+        raise OSError("stdin is closed")
     with nullcontext(sys.stdin.buffer) if path == STDIN else open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{'stdin' if path == STDIN else path}, line {number}"
@@ -97,25 +99,29 @@ def embed_file(
     """
     if not output.parent.is_dir():
         raise ValueError(f"there is no folder {output.parent} for the output")
-    if output.is_dir():
-        raise ValueError(f"{output} is a folder, expected the name of a file")
+    if output.exists():
+        if not output.is_file():
+            kind = "a folder" if output.is_dir() else "a device or a pipe"
+            raise ValueError(f"{output} is {kind}, expected the name of a file")
+        if source != STDIN and output.samefile(source):
+            raise ValueError(f"{output} is the input too; the vectors would replace the texts")
     texts = read_texts(source, text_field)
     first = next(texts, None)  # a source that cannot be read is found before a model is loaded
     if first is None:
         raise ValueError(f"{'stdin' if source == STDIN else source} is empty: there is nothing to embed")
-    embedder = Embedder(model, dtype=dtype, device=device)
-    started = time.perf_counter()
-    vectors, num_tokens, num_truncated = [], 0, 0
-    with progress_bar(None) as progress:
-        for tokens, batch in embedder.encode_batches(_chain(first, texts), embedder.prompt(), batch_size):
-            batch = torch.nn.functional.normalize(batch, dim=1) if normalize else batch
-            vectors.append(batch.cpu().numpy())
-            num_tokens += len(tokens.input_ids)
-            num_truncated += tokens.num_truncated
-            progress.update(len(batch))
-    seconds = time.perf_counter() - started
-    array = np.concatenate(vectors)
-    with _written_at_once(output) as file:
+    with _written_at_once(output) as file:  # from here on: a place that cannot be written is found before the work
+        embedder = Embedder(model, dtype=dtype, device=device)
+        started = time.perf_counter()
+        vectors, num_tokens, num_truncated = [], 0, 0
+        with progress_bar(None) as progress:
+            for tokens, batch in embedder.encode_batches(_chain(first, texts), embedder.prompt(), batch_size):
+                batch = torch.nn.functional.normalize(batch, dim=1) if normalize else batch
+                vectors.append(batch.cpu().numpy())
+                num_tokens += len(tokens.input_ids)
+                num_truncated += tokens.num_truncated
+                progress.update(len(batch))
+        seconds = time.perf_counter() - started
+        array = np.concatenate(vectors)
         np.save(file, array)
     num_texts, dimension = array.shape
     return Summary(output, num_texts, dimension, num_tokens, num_truncated, embedder.max_seq_length, seconds)
@@ -129,6 +135,7 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
 @contextmanager
 def _written_at_once(path: Path) -> Iterator[IO[Any]]:
     """A file that takes the place of `path` when the block ends well, and leaves nothing when it does not."""
+    path = path.resolve()  # a link stays one
     writing = path.with_name(f".{path.name}.{uuid.uuid4().hex}.writing")
     try:
         with open(writing, "wb") as file:

@@ -44,7 +44,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
             function(*args, **kwargs)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed by the caller: what is printed goes nowhere
+                sys.stdout.flush()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
             raise typer.Exit(128 + signal.SIGPIPE) from None

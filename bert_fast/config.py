@@ -42,7 +42,10 @@ class BertConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.id2label = {int(index): label for index, label in self.id2label.items()}
+        try:
+            self.id2label = {int(index): label for index, label in self.id2label.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"id2label is {self.id2label!r}, expected names by number") from error
         for name in (
             "vocab_size",
             "hidden_size",
@@ -64,9 +67,10 @@ class BertConfig:
             )
         _require(self.hidden_act in ACTIVATIONS, self, "hidden_act", f"one of {', '.join(ACTIVATIONS)}")
         _require(self.position_embedding_type == "absolute", self, "position_embedding_type", "'absolute'")
-        _require(self.layer_norm_eps > 0, self, "layer_norm_eps", "positive")
+        _require(_is_number(self.layer_norm_eps) and self.layer_norm_eps > 0, self, "layer_norm_eps", "positive")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            _require(0.0 <= getattr(self, name) <= 1.0, self, name, "a probability")
+            probability = getattr(self, name)
+            _require(_is_number(probability) and 0.0 <= probability <= 1.0, self, name, "a probability")
         _require(
             self.problem_type in (None, "regression", "single_label_classification", "multi_label_classification"),
             self,
@@ -74,7 +78,8 @@ class BertConfig:
             "regression, single_label_classification or multi_label_classification",
         )
         if self.pad_token_id is not None:
-            _require(0 <= self.pad_token_id < self.vocab_size, self, "pad_token_id", "inside the vocabulary")
+            is_id = isinstance(self.pad_token_id, int) and 0 <= self.pad_token_id < self.vocab_size
+            _require(is_id, self, "pad_token_id", "inside the vocabulary")
 
     @property
     def head_dim(self) -> int:
@@ -124,6 +129,10 @@ class BertConfig:
             "id2label": {str(index): label for index, label in self.id2label.items()},
             "label2id": {label: index for index, label in self.id2label.items()},
         }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def _require(condition: bool, config: BertConfig, name: str, expected: str) -> None:

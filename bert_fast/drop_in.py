@@ -17,7 +17,7 @@ from bert_fast import ops
 from bert_fast.activation import ACTIVATIONS
 from bert_fast.checks import is_recorded
 from bert_fast.encoder import encode, first_tokens
-from bert_fast.inputs import BertInputs
+from bert_fast.inputs import BertInputs, TableSizes
 from bert_fast.modules import obstacle
 from bert_fast.ragged import Padding, Ragged
 
@@ -36,6 +36,9 @@ HOSTS = (
 
 #: Arguments of a call that change nothing in an encoder, and what transformers' collators pass beside `cu_seq_lens_q`.
 _IGNORED = frozenset({"use_cache", "num_items_in_batch", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+
+#: transformers' own names for softmax attention, which the ops replace; somebody may register another function.
+_ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -124,7 +127,15 @@ def _fast_class() -> type[Any]:
         @functools.wraps(plain.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = _forward(self, *args, **kwargs)
-            return plain.forward(self, *args, **kwargs) if output is None else output
+            if output is not None:
+                return output
+            attention = self.config._attn_implementation
+            if kwargs.get("cu_seq_lens_q") is not None and "flash" not in attention:
+                raise ValueError(
+                    f"the fast path does not serve this call, and transformers' {attention} attention does not read "
+                    "cu_seq_lens_q: the sequences would see each other; pass them as a padded batch"
+                )
+            return plain.forward(self, *args, **kwargs)
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
             state = super().__reduce_ex__(protocol)[2]
@@ -191,14 +202,23 @@ def _forward(
 @torch.compiler.disable
 def _ragged_batch(bert: Any, inputs: BertInputs) -> tuple[Ragged, Padding] | None:
     """The batch without its padding, or None if the ops may not stand in for the model's modules as they are now."""
-    if bert.training and any(layer.gradient_checkpointing for layer in bert.encoder.layer):
+    # A wrapper that stands in a layer's place may not have the attribute.
+    if bert.training and any(getattr(layer, "gradient_checkpointing", False) for layer in bert.encoder.layer):
         return None
+    if reason := _obstacle(bert):
+        ops.warn_of_fallback(f"transformers' own path runs instead of the fast one: {reason}")
+        return None
+    return inputs.checked(TableSizes.of(bert.embeddings)).to_ragged()
+
+
+def _obstacle(bert: Any) -> str | None:
+    attention = bert.config._attn_implementation
+    if attention not in _ATTENTIONS:
+        return f"its attention is {attention!r}"
     known = _known_types(bert.config.hidden_act)
-    for part in (bert.embeddings, bert.encoder):
-        if reason := obstacle(part, known, harmless_hooks="transformers.utils.output_capturing"):
-            ops.warn_of_fallback(f"transformers' own path runs instead of the fast one: {reason}")
-            return None
-    return inputs.checked(bert.config).to_ragged()
+    parts = (bert.embeddings, bert.encoder)
+    reasons = (obstacle(part, known, harmless_hooks="transformers.utils.output_capturing") for part in parts)
+    return next(filter(None, reasons), None)
 
 
 def _output_class() -> Any:

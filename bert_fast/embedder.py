@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bert_fast import ops
 from bert_fast.folders import read_json, resolve
-from bert_fast.loading import build, read_config, read_state_dict
+from bert_fast.loading import build, parse_device, read_config, read_state_dict
 from bert_fast.ops.pooling import MODES
 from bert_fast.tokenization import TokenBatch, Tokenizer
 
@@ -159,7 +159,7 @@ class Embedder:
 
         folder = resolve(path_or_id, revision=revision, local_files_only=local_files_only, allow_pickle=allow_pickle)
         self.recipe = Recipe.read(folder)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         config = read_config(self.recipe.transformer)
         state = read_state_dict(self.recipe.transformer, allow_pickle=allow_pickle)
         self.model = build(BertModel, config, state, dtype=dtype, device=self.device)
@@ -172,6 +172,7 @@ class Embedder:
         asked = max_seq_length or self.recipe.max_seq_length or self.tokenizer.model_max_length or positions
         #: The most tokens of a text, special tokens included.
         self.max_seq_length = min(asked, positions)
+        self.tokenizer.model_max_length = None  # what the folder or the caller says goes, up or down
         #: Length of a vector.
         self.dimension = config.hidden_size * len(self.recipe.pooling_modes)
 
@@ -221,6 +222,8 @@ class Embedder:
             raise ValueError(f"truncate_dim is {truncate_dim}, expected from 1 to {self.dimension}")
         is_one = isinstance(sentences, str)
         texts = [sentences] if isinstance(sentences, str) else sentences
+        if not isinstance(texts, Iterable) or getattr(texts, "shape", None) == ():
+            raise ValueError(f"sentences is a {type(texts).__name__}, expected a str or an iterable of them")
         vectors, num_texts, num_truncated = [], 0, 0
         total = len(texts) if isinstance(texts, Sized) else None
         with progress_bar(total, show_progress_bar) as progress:
@@ -305,5 +308,8 @@ def progress_bar(total: int | None, show: bool | None = None) -> Any:
     """A bar over texts; by default only on a terminal, and once the work has lasted `PROGRESS_DELAY`."""
     from tqdm import tqdm
 
-    hidden = not (sys.stderr.isatty() if show is None else show)
-    return tqdm(total=total, unit=" texts", disable=hidden, delay=PROGRESS_DELAY if show is None else 0)
+    if show is None:
+        show, delay = sys.stderr is not None and sys.stderr.isatty(), PROGRESS_DELAY
+    else:
+        delay = 0.0
+    return tqdm(total=total, unit=" texts", disable=not show, delay=delay)

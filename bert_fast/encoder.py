@@ -75,11 +75,13 @@ class _Buffers:
 
 
 def _may_overwrite(rows: Tensor) -> bool:
-    """Whether nobody looks at the intermediate results: not autograd, autocast (which picks their dtype), a compiler.
+    """Whether nobody looks at the intermediate results: not autograd, forward-mode derivatives, autocast
+    (which picks their dtype), or a compiler.
 
     On a GPU the allocator keeps freed memory at hand, and chunks would only be more launches.
     """
-    seen = torch.is_grad_enabled() or torch.is_autocast_enabled(rows.device.type) or torch.compiler.is_compiling()
+    seen = torch.is_grad_enabled() or ops.forward_ad_is_on() or torch.is_autocast_enabled(rows.device.type)
+    seen = seen or torch.compiler.is_compiling()
     return rows.device.type == "cpu" and not seen
 
 
@@ -104,6 +106,7 @@ def _embed(embeddings: Any, ragged: Ragged) -> Tensor:
         norm.bias,
         eps=norm.eps,
         dropout_p=_dropout_p(embeddings.dropout),
+        padding_idx=embeddings.word_embeddings.padding_idx,
     )
 
 
@@ -119,7 +122,7 @@ def _attend(attention: Any, rows: Tensor, ragged: Ragged, num_heads: int, buffer
         v,
         cu_seqlens=ragged.cu_seqlens,
         max_seqlen=ragged.max_seqlen,
-        dropout_p=_dropout_p(attention.dropout),
+        dropout_p=attention.dropout.p if attention.training else 0.0,  # transformers, too, asks the module around it
         out=None if buffers is None else buffers.like("context", rows, rows.shape[1]).view(q.shape),
     ).flatten(-2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,21 @@ from torch import Tensor
 from bert_fast.checks import ids_in_range
 from bert_fast.config import BertConfig
 from bert_fast.ragged import Padding, Ragged, keep_mask, pack
+
+
+class TableSizes(NamedTuple):
+    """What ids are checked against, where the tables and not a config say it: somebody may have put in longer ones."""
+
+    vocab_size: int
+    type_vocab_size: int
+    max_position_embeddings: int
+    hidden_size: int
+
+    @classmethod
+    def of(cls, embeddings: Any) -> TableSizes:
+        """Of a module with the names of a Hugging Face checkpoint."""
+        types, positions = embeddings.token_type_embeddings.weight, embeddings.position_embeddings.weight
+        return cls(embeddings.word_embeddings.weight.shape[0], types.shape[0], *positions.shape)
 
 
 @dataclass
@@ -21,8 +37,8 @@ class BertInputs:
         input_ids: (batch_size, seq_len) int64 or int32.
         attention_mask: (batch_size, seq_len) bool, int or float, non-zero where a token is. Left padding, holes and
             rows without a token are legal.
-        token_type_ids: (batch_size, seq_len); zeros when not given.
-        position_ids: (batch_size, seq_len) or (1, seq_len); the column's number when not given.
+        token_type_ids: (batch_size, seq_len), (1, seq_len) or (seq_len,); zeros when not given.
+        position_ids: any of the same shapes; the column's number when not given.
         inputs_embeds: (batch_size, seq_len, hidden_size), word vectors instead of `input_ids`.
         output_attentions, output_hidden_states: also return these, per layer.
         cu_seq_lens_q: (num_sequences + 1,) int32: `input_ids` is packed, (1, num_tokens), and sequence i is columns
@@ -43,7 +59,7 @@ class BertInputs:
     max_length_q: int | None = None
     max_length_k: int | None = None
 
-    def checked(self, config: BertConfig) -> Batch:
+    def checked(self, config: BertConfig | TableSizes) -> Batch:
         """The batch they describe; ValueError for what cannot be one."""
         given = self.inputs_embeds if self.input_ids is None else self.input_ids
         if given is None or (self.input_ids is not None and self.inputs_embeds is not None):
@@ -55,16 +71,12 @@ class BertInputs:
         else:
             _check_ids("input_ids", given, None, config.vocab_size)
         shape, device = (given.shape[0], given.shape[1]), given.device
-        if self.token_type_ids is not None:
-            _check_ids("token_type_ids", self.token_type_ids, shape, config.type_vocab_size)
-        if self.position_ids is not None:
-            expected = (1, shape[1]) if self.position_ids.shape[:1] == (1,) else shape
-            _check_ids("position_ids", self.position_ids, expected, config.max_position_embeddings)
+        token_type_ids = _rows("token_type_ids", self.token_type_ids, shape, config.type_vocab_size)
+        position_ids = _rows("position_ids", self.position_ids, shape, config.max_position_embeddings)
         for name in ("attention_mask", "token_type_ids", "position_ids", "cu_seq_lens_q"):
             tensor = getattr(self, name)
             if tensor is not None and tensor.device != device:
                 raise ValueError(f"{name} is on {tensor.device} but the tokens are on {device}")
-        position_ids = self.position_ids
         cu_seqlens, longest = self.cu_seq_lens_q, shape[1]
         if cu_seqlens is not None:
             if self.attention_mask is not None:
@@ -73,13 +85,13 @@ class BertInputs:
             cu_seqlens, longest = cu_seqlens.to(torch.int32), max(lengths, default=0)
             if position_ids is None:
                 positions = [torch.arange(n, device=device) for n in lengths]
-                position_ids = torch.cat(positions)[None] if positions else torch.zeros(shape, dtype=torch.int64)
+                position_ids = torch.cat(positions)[None] if positions else torch.zeros_like(given)
         if self.position_ids is None and longest > config.max_position_embeddings:
             raise ValueError(
                 f"a sequence has {longest} tokens, more than max_position_embeddings {config.max_position_embeddings}"
             )
         keep = None if self.attention_mask is None else keep_mask(self.attention_mask, *shape)
-        return Batch(given, keep, self.token_type_ids, position_ids, cu_seqlens, longest)
+        return Batch(given, keep, token_type_ids, position_ids, cu_seqlens, longest)
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ class Batch:
     Attributes:
         tokens: `input_ids` (batch_size, seq_len), or word vectors (batch_size, seq_len, hidden_size).
         mask: (batch_size, seq_len) bool, True where a token is; None keeps them all.
-        types, positions: the caller's ids, or None for the defaults.
+        types, positions: the caller's ids, (batch_size, seq_len), or None for the defaults.
         cu_seqlens: where the sequences of a packed batch (1, num_tokens) start; None for a padded one.
         max_seqlen: the longest sequence of a packed batch, else seq_len.
     """
@@ -159,6 +171,16 @@ class Batch:
             return pack(self.tokens, self.mask, self.types, self.positions)
         ragged = Ragged(self.tokens[0], self.position_ids[0], self.token_type_ids[0], self.cu_seqlens, self.max_seqlen)
         return ragged, Padding(1, self.tokens.shape[1], None)
+
+
+def _rows(name: str, ids: Tensor | None, shape: tuple[int, int], size: int) -> Tensor | None:
+    """The ids as (batch_size, seq_len), checked; one row of them serves every row of the batch."""
+    if ids is None:
+        return None
+    if ids.shape in (shape[1:], (1, shape[1])):
+        ids = ids.expand(shape)
+    _check_ids(name, ids, shape, size)
+    return ids
 
 
 def _check_ids(name: str, ids: Tensor, shape: tuple[int, int] | None, size: int) -> None:

@@ -157,6 +157,7 @@ def build(
     Raises:
         ValueError: the encoder's weights are not all there, or one has another shape or is not floating point.
     """
+    device = parse_device(device or "cpu")
     state = _renamed(state, with_prefix=issubclass(model_class, heads.Head))
     options: dict[str, Any] = {}
     if not issubclass(model_class, heads.Head):
@@ -175,7 +176,7 @@ def build(
             shape = parameters[source].shape
             if state[source].shape != shape:
                 raise ValueError(f"{source} has shape {tuple(state[source].shape)}, expected {tuple(shape)}")
-            weight = state[source].to(device=device or "cpu", dtype=dtype, copy=True)
+            weight = state[source].to(device=device, dtype=dtype, copy=True)
             _assign(model, aliases, nn.Parameter(weight))
     return model.eval()
 
@@ -250,18 +251,29 @@ def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return DTYPES[cast(str, dtype)]
 
 
+def parse_device(device: torch.device | str) -> torch.device:
+    """The device of this name; ValueError for one that is not there."""
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}: {error}") from error
+    if parsed.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but there is no GPU that torch can use")
+    return parsed
+
+
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def _initialized(
-    model: nn.Module, name: str, config: BertConfig, dtype: torch.dtype, device: torch.device | str | None
+    model: nn.Module, name: str, config: BertConfig, dtype: torch.dtype, device: torch.device
 ) -> nn.Parameter:
     """A parameter with the fresh values its module starts from, in place of the one on meta."""
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     shape = owner.get_parameter(leaf).shape
-    _assign(model, [name], nn.Parameter(torch.zeros(shape, dtype=dtype, device=device or "cpu")))
+    _assign(model, [name], nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)))
     if isinstance(owner, nn.LayerNorm):
         owner.reset_parameters()
     elif isinstance(owner, nn.Linear):
@@ -287,7 +299,8 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
     The folder is built beside its place and put there in one step: whatever interrupts the save leaves either the old
     folder or the new one, whole. Other files of an existing folder (the tokenizer's, say) stay; weights of another
     form do not. An interrupted save may leave a folder `.NAME.HEX.saving` beside it, which nothing reads.
-    On a file system that cannot exchange two folders, the files are instead replaced one by one, each in one step.
+    Where two folders cannot be exchanged, on some file systems or because the process works inside this one, the files
+    are instead replaced one by one, each in one step.
 
     Args:
         model: any model of `bert_fast.modules` or `bert_fast.reference`. Tied weights are written once.
@@ -332,7 +345,7 @@ def _copy_other_files(source: Path, target: Path) -> None:
     def ignore(folder: str, names: list[str]) -> set[str]:
         return replaced(folder, names) if Path(folder) == source else set()
 
-    shutil.copytree(source, target, dirs_exist_ok=True, copy_function=_link, ignore=ignore)
+    shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True, copy_function=_link, ignore=ignore)
 
 
 def _link(source: str, target: str) -> None:
@@ -348,6 +361,8 @@ def _put_in_place(building: Path, directory: Path) -> None:
         os.rename(building, directory)
         return
     try:
+        if Path.cwd().is_relative_to(directory):
+            raise OSError(errno.EBUSY, "the process works in this folder, and would be left in the one taken away")
         _exchange(building, directory)
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EBUSY, errno.EPERM):

@@ -20,25 +20,35 @@ LEAVES = frozenset({nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.Module
 def obstacle(module: nn.Module, known: frozenset[type], harmless_hooks: str | None = None) -> str | None:
     """Why the ops may not stand in for the modules of this tree, or None.
 
-    Somebody may have hooked a module, or put another in its place (LoRA, a quantised linear, a parametrisation): then
-    only calling the modules themselves is right.
+    Somebody may have hooked a module, given it another `forward`, or put another in its place (LoRA, a quantised
+    linear, a parametrisation), or parameters that the ops do not take: then only calling the modules themselves is
+    right.
 
     Args:
         module: the tree.
         known: the exact types that the ops know how to replace, besides `LEAVES`.
         harmless_hooks: name of a Python module whose forward hooks may be left out.
     """
-    stack = [module]
+    stack, dtypes = [module], set()
     while stack:
         part = stack.pop()
         if type(part) not in LEAVES and type(part) not in known:
             return f"a {type(part).__name__} stands in it"
+        if "forward" in part.__dict__:
+            return f"a {type(part).__name__} in it has a forward of its own"
+        for name, parameter in part._parameters.items():
+            if parameter is None or type(parameter) not in (nn.Parameter, Tensor):
+                what = "no" if parameter is None else f"a {type(parameter).__name__} as"
+                return f"a {type(part).__name__} in it has {what} {name}"
+            dtypes.add(parameter.dtype)
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             hooks = [*part._forward_pre_hooks.values(), *part._backward_hooks.values()]
             hooks += [*part._backward_pre_hooks.values(), *part._forward_hooks.values()]
             if any(getattr(hook, "__module__", None) != harmless_hooks or harmless_hooks is None for hook in hooks):
                 return f"a {type(part).__name__} in it has a hook"
         stack.extend(child for child in part._modules.values() if child is not None)
+    if len(dtypes) > 1:
+        return f"its parameters are of several dtypes: {', '.join(sorted(str(dtype) for dtype in dtypes))}"
     return None
 
 

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_fast import heads
@@ -60,7 +61,7 @@ class BertSelfAttention(nn.Module):
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
         scores = scores.masked_fill(~attends, torch.finfo(scores.dtype).min)
         probabilities = torch.softmax(scores, dim=-1).masked_fill(~attends.any(-1, keepdim=True), 0.0)
-        context = self.dropout(probabilities) @ v
+        context = F.dropout(probabilities, self.dropout.p, self.training) @ v
         return context.transpose(1, 2).flatten(-2), probabilities
 
 

@@ -13,6 +13,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -104,6 +105,15 @@ Tensor checked_ids(const char* op, const char* name, const Tensor& ids, at::IntA
   return dense;
 }
 
+// The kernels of the instruction set in use; ValueError when the environment names one that is not there.
+const KernelTable& chosen_kernels() {
+  try {
+    return kernels();
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, error.what());
+  }
+}
+
 // ------------------------------------------------------------------------------------------------- memory and threads
 
 // The elements as they lie in memory, in row-major order.
@@ -172,7 +182,7 @@ Tensor bias_gelu(const Tensor& x, const Tensor& bias, const std::string& approxi
   check_vector(op, "bias", bias, "x", x);
   TORCH_CHECK_VALUE(approximate == "none" || approximate == "tanh", op, ": approximate is '", approximate,
                     "', expected one of none, tanh");
-  const KernelTable& table = kernels();
+  const KernelTable& table = chosen_kernels();
   const Tensor dense = contiguous(x), dense_bias = contiguous(bias);
   const Tensor out = result(op, out_argument, x.sizes(), x);
   at::assert_no_partial_overlap(out, dense);
@@ -200,7 +210,7 @@ Tensor residual_layer_norm(const Tensor& x, const Tensor& bias, const Tensor& re
   check_vector(op, "weight", weight, "x", x);
   check_vector(op, "layer_norm_bias", layer_norm_bias, "x", x);
   check_no_dropout(op, dropout_p);
-  const KernelTable& table = kernels();
+  const KernelTable& table = chosen_kernels();
   const Tensor dense = contiguous(x), dense_bias = contiguous(bias), dense_residual = contiguous(residual);
   const Tensor gain = contiguous(weight), shift = contiguous(layer_norm_bias);
   const Tensor out = result(op, out_argument, x.sizes(), x);
@@ -244,7 +254,7 @@ Tensor embedding_layer_norm(const Tensor& input_ids, const Tensor& position_ids,
   const Tensor positions = checked_ids(op, "position_ids", position_ids, shape, position_embeddings.size(0));
   const Tensor token_types = checked_ids(op, "token_type_ids", token_type_ids, shape, token_type_embeddings.size(0));
 
-  const KernelTable& table = kernels();
+  const KernelTable& table = chosen_kernels();
   const Tensor word_table = contiguous(word_embeddings), position_table = contiguous(position_embeddings);
   const Tensor token_type_table = contiguous(token_type_embeddings);
   const Tensor gain = contiguous(weight), shift = contiguous(layer_norm_bias);
@@ -281,7 +291,7 @@ Tensor pooling(const Tensor& hidden, const Tensor& cu_seqlens, const std::string
                     ", expected (num_tokens, hidden_size)");
   const std::vector<int32_t> offsets = checked_offsets(op, cu_seqlens, hidden.size(0));
   const PoolingMode pooled_by = pooling_mode(mode);
-  const KernelTable& table = kernels();
+  const KernelTable& table = chosen_kernels();
   const Tensor dense = contiguous(hidden);
   const int64_t batch_size = static_cast<int64_t>(offsets.size()) - 1, hidden_size = hidden.size(1);
   Tensor out = at::empty({batch_size, hidden_size}, hidden.options());
@@ -363,7 +373,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
     sequences = padded_sequences(q.size(0), q.size(1), keep, rows);
   }
 
-  const KernelTable& table = kernels();
+  const KernelTable& table = chosen_kernels();
   const Tensor dense_q = with_dense_heads(q), dense_k = with_dense_heads(k), dense_v = with_dense_heads(v);
   const Tensor out = result(op, out_argument, q.sizes(), q);
   for (const Tensor& rows : {dense_q, dense_k, dense_v}) at::assert_no_overlap(out, rows);

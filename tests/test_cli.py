@@ -1,6 +1,8 @@
 """The command, as a process where that matters: output, exit codes, one clear line for bad input."""
 
 import json
+import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -143,6 +145,44 @@ def test_other_bad_input(tmp_path, texts):
     assert not output.exists()
 
 
+def test_embed_replaces_only_files(texts, tmp_path):
+    target, link, pipe = tmp_path / "target.npy", tmp_path / "link.npy", tmp_path / "pipe"
+    link.symlink_to(target)
+    assert run("embed", "demo", "--input", texts, "--output", link).exit_code == 0
+    assert link.is_symlink()
+    assert np.load(target).shape == (3, 384)
+    os.mkfifo(pipe)
+    assert_refused(run("embed", "demo", "--input", texts, "--output", pipe), "pipe is a device or a pipe")
+    assert pipe.is_fifo()
+    before = texts.read_bytes()
+    assert_refused(run("embed", "demo", "--input", texts, "--output", texts), "is the input too")
+    assert texts.read_bytes() == before
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_work(texts, monkeypatch):
+    monkeypatch.setattr("bert_fast.bulk.Embedder", None)
+    assert_refused(run("embed", "demo", "--input", texts, "--output", "/proc/vectors.npy"), "No such file or directory")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda"])
+def test_a_device_that_is_not_there(texts, tmp_path, device, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = run("embed", "demo", "--input", texts, "--output", tmp_path / "v.npy", "--device", device)
+    assert_refused(result, f"device is '{device}'")
+
+
+def test_closed_streams(texts, tmp_path):
+    def shell(command):
+        line = f"{shlex.join(COMMAND)} {command}"
+        return subprocess.run(line, shell=True, capture_output=True, text=True, timeout=100)
+
+    result = shell(f"embed demo -i - -o {tmp_path / 'v.npy'} <&-")
+    assert (result.returncode, result.stderr) == (2, "bert-fast: stdin is closed\n")
+    result = shell(f"embed demo -i {texts} -o {tmp_path / 'v.npy'} >&- 2>&-")
+    assert result.returncode == 0
+    assert np.load(tmp_path / "v.npy").shape == (3, 384)
+
+
 def test_search():
     result = run("search", "demo", "-c", SENTENCES, "-q", "planets with rings", "-q", "growing roses", "-k", "2")
     assert result.exit_code == 0, result.output
@@ -202,6 +242,15 @@ def test_doctor_obeys_what_is_forced():
     with force("triton"):
         out = run("doctor").stdout
     assert "attention: triton is forced but runs on cuda, not on cpu" in out
+
+
+def test_an_instruction_set_that_is_not_there():
+    environment = {**os.environ, "BERT_FAST_ISA": "abacus"}
+    for arguments in (["doctor"], ["verify", "demo"]):
+        done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=environment, timeout=100)
+        assert done.returncode == 2
+        assert "instruction set 'abacus' is not available on this machine, which has: scalar" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_bench(monkeypatch):

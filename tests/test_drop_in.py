@@ -14,6 +14,7 @@ import torch
 import transformers
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from torch.nn.utils import parametrize
+from transformers.models.bert import modeling_bert
 
 import bert_fast
 from bert_fast import ops
@@ -64,7 +65,7 @@ def _no_surprises():
     """A silent or unexpected way to the plain path would make these tests compare it with itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", ops.FallbackWarning)
-        warnings.filterwarnings("ignore", ".*has no dropout.*")
+        warnings.filterwarnings("ignore", ".*has no (dropout|forward-mode derivative).*")
         yield
 
 
@@ -154,10 +155,17 @@ def test_packed_batch():
     torch.testing.assert_close(got.last_hidden_state[0], expected, rtol=2e-5, atol=2e-5)
 
 
+def test_packed_batch_is_refused_where_the_plain_path_would_mix_the_texts():
+    model, ids = bert_fast.accelerate(make()), torch.arange(9)[None]
+    with pytest.raises(ValueError, match="sdpa attention does not read cu_seq_lens_q"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 4, 9], dtype=torch.int32), output_hidden_states=True)
+
+
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertForMaskedLM"])
 def test_training_gives_the_plain_gradients(name):
     """Without dropout, whose random numbers differ."""
     inputs = batch(name)
+    inputs["input_ids"][0, 2] = 0  # [PAD], which learns nothing even where the mask keeps it
     kept = inputs["attention_mask"].bool()
     per_text = torch.tensor([0, 1, 0])
     labels = per_text if "Sequence" in name else inputs["input_ids"].masked_fill(~kept, -100)
@@ -169,6 +177,21 @@ def test_training_gives_the_plain_gradients(name):
     assert gradients[0].keys() == gradients[1].keys()
     for key, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], expected, rtol=1e-8, atol=1e-11, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_gradients_of_gradients():
+    """Of a gradient penalty, as adversarial training adds one."""
+    inputs, found = batch(), []
+    kept = inputs["attention_mask"].bool()
+    for wrap in (lambda m: m, bert_fast.accelerate):
+        model = make()
+        model.set_attn_implementation("eager")
+        words = model.embeddings.word_embeddings.weight
+        loss = wrap(model)(**inputs).last_hidden_state[kept].pow(3).sum()
+        (gradient,) = torch.autograd.grad(loss, words, create_graph=True)
+        gradient.norm().backward()
+        found.append(model.encoder.layer[0].output.dense.weight.grad)
+    assert (found[1] - found[0]).norm() < 1e-5 * found[0].norm()
 
 
 def test_frozen_parameters_get_no_gradient():
@@ -283,6 +306,26 @@ def test_recorded_programs_hold_for_other_batches():
         torch.testing.assert_close(traced(*(other[name] for name in ordered))["logits"], expected)
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_forward_mode_derivatives(mode):
+    """The kernels would drop the tangents in silence: the ops run their definitions."""
+    model, inputs = make(), batch()
+    weight = model.encoder.layer[0].output.dense.weight
+    tangent = torch.randn_like(weight)
+
+    def derivative():
+        with mode(), torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(weight.detach(), tangent)
+            parameters = {"encoder.layer.0.output.dense.weight": dual}
+            output = torch.func.functional_call(model, parameters, (), inputs).pooler_output
+            return torch.autograd.forward_ad.unpack_dual(output).tangent.detach()
+
+    model.set_attn_implementation("eager")  # transformers' SDPA has no forward-mode derivative
+    expected = derivative()
+    bert_fast.accelerate(model)
+    torch.testing.assert_close(derivative(), expected, rtol=1e-3, atol=1e-5)
+
+
 def test_functional_gradients():
     model = make("BertForSequenceClassification")
     parameters, inputs = dict(model.named_parameters()), batch()
@@ -355,6 +398,30 @@ def test_changed_parameters_are_seen():
         assert_same(model(**inputs), other(**inputs), kept)
 
 
+def test_tables_that_the_config_does_not_know_of():
+    model = make()
+    model.embeddings.word_embeddings = torch.nn.Embedding(70, 48)
+    model.embeddings.position_embeddings = torch.nn.Embedding(40, 48)
+    ids = torch.arange(30, 66)[None]
+    call = {"token_type_ids": torch.zeros_like(ids), "position_ids": torch.arange(36)[None]}
+    with torch.no_grad():
+        expected = model(ids, **call)
+        assert_same(bert_fast.accelerate(model)(ids, **call), expected, torch.ones(1, 36, dtype=torch.bool))
+        del call["position_ids"]
+        assert torch.allclose(model(ids, **call).last_hidden_state, expected.last_hidden_state, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(9,), (1, 9)])
+def test_one_row_of_positions_and_types_serves_every_text(shape):
+    model, inputs = make(), batch()
+    inputs["position_ids"] = torch.arange(1, 10).view(shape)
+    inputs["token_type_ids"] = torch.tensor([0, 0, 0, 1, 1, 0, 1, 1, 1]).view(shape)
+    kept = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**inputs)
+        assert_same(bert_fast.accelerate(model)(**inputs), expected, kept)
+
+
 def test_resized_vocabulary():
     model = bert_fast.accelerate(make())
     model.resize_token_embeddings(70)
@@ -381,6 +448,81 @@ def test_hooks_and_parametrizations_are_honoured():
     with pytest.warns(ops.FallbackWarning, match="ParametrizedLinear stands in it"):
         got = model(**inputs).last_hidden_state
     assert torch.equal(got, plain(**inputs).last_hidden_state)
+
+
+def _wrapped(model):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.inner = layer
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    model.encoder.layer[1] = Wrapper(model.encoder.layer[1])
+
+
+def _own_forward(model):
+    output = model.encoder.layer[0].output
+    plain = output.forward
+    output.forward = lambda hidden, residual: 3 * plain(hidden, residual)
+
+
+def _own_attention(model):
+    def doubled(module, query, key, value, mask, scaling=None, **kwargs):
+        return modeling_bert.eager_attention_forward(module, query, key, value, mask, 2 * scaling)
+
+    transformers.AttentionInterface.register("doubled", doubled)
+    transformers.AttentionMaskInterface.register("doubled", transformers.masking_utils.eager_mask)
+    model.set_attn_implementation("doubled")
+
+
+def _without_bias(model):
+    model.encoder.layer[0].intermediate.dense.bias = None
+
+
+def _parameter_subclass(model):
+    class Doubled(torch.nn.Parameter):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.nn.functional.linear:
+                args = (args[0], 2 * args[1].detach().as_subclass(torch.Tensor), *args[2:])
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+
+    query = model.encoder.layer[0].attention.self.query
+    query.weight = query.weight.data.as_subclass(Doubled)
+
+
+def _several_dtypes(model):
+    model.bfloat16()
+    for part in model.modules():
+        if isinstance(part, torch.nn.LayerNorm):
+            part.float()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_wrapped, "a Wrapper stands in it"),
+        (_own_forward, "a BertOutput in it has a forward of its own"),
+        (_own_attention, "its attention is 'doubled'"),
+        (_without_bias, "a Linear in it has no bias"),
+        (_parameter_subclass, "a Linear in it has a Doubled as weight"),
+        (_several_dtypes, "its parameters are of several dtypes: torch.bfloat16, torch.float32"),
+    ],
+)
+def test_what_somebody_changed_inside_is_honoured(change, reason, training, monkeypatch):
+    monkeypatch.setattr("bert_fast.ops._dispatch._warned", set())
+    model, inputs = make(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train(training), batch()
+    with torch.no_grad():
+        untouched = model(**inputs).last_hidden_state
+        change(model)
+        expected = model(**inputs).last_hidden_state
+        assert change in (_wrapped, _without_bias) or not torch.equal(expected, untouched)
+        with pytest.warns(ops.FallbackWarning, match=reason):
+            assert torch.equal(bert_fast.accelerate(model)(**inputs).last_hidden_state, expected)
 
 
 def test_hooks_on_the_model_itself_still_run():

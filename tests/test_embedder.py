@@ -114,6 +114,15 @@ def test_long_texts_are_cut_and_counted_once(demo, oracle):
     assert_close(ours, oracle.encode(texts))
 
 
+def test_the_folder_may_allow_more_tokens_than_the_tokenizer(folder):
+    describe(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": 8}))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 30}))
+    text = "one two three four five six seven eight nine ten eleven twelve"
+    assert_close(Embedder(folder).encode(text), SentenceTransformer(str(folder), device="cpu").encode(text))
+
+
 def test_max_seq_length(folder):
     assert Embedder("demo").max_seq_length == 256
     assert Embedder("demo", max_seq_length=10).max_seq_length == 10
@@ -232,6 +241,14 @@ def test_folders_it_does_not_understand(folder, change, message):
 def test_bad_arguments(demo, options, message):
     with pytest.raises(ValueError, match=message):
         demo.encode(["a"], **options)
+
+
+@pytest.mark.parametrize(
+    "sentences", [None, 5, np.array("one")], ids=["None", "a number", "an array without a dimension"]
+)
+def test_what_holds_no_texts(demo, sentences):
+    with pytest.raises(ValueError, match=f"sentences is a {type(sentences).__name__}, expected a str or an iterable"):
+        demo.encode(sentences)
 
 
 def test_what_is_not_a_text(demo):

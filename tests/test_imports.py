@@ -122,3 +122,14 @@ print(tuple(model(torch.tensor([[1, 2, 3]])).last_hidden_state.shape))
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(1, 3, 8)"
+
+
+def test_a_fork_does_not_load_torch():
+    program = """
+import bert_fast, os, sys
+pid = os.fork()
+if pid == 0:
+    os._exit("torch" in sys.modules)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

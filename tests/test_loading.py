@@ -430,6 +430,18 @@ def test_a_save_through_a_link_and_onto_a_file(folder, tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def test_a_save_into_the_working_folder_leaves_the_process_in_it(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "dangling").symlink_to("nowhere")
+    model = from_pretrained(".")
+    with torch.no_grad():
+        model.embeddings.LayerNorm.bias += 1
+    save_pretrained(model, ".")
+    assert os.path.samefile(".", folder)
+    assert os.readlink("dangling") == "nowhere"
+    assert torch.equal(from_pretrained(".").embeddings.LayerNorm.bias, model.embeddings.LayerNorm.bias)
+
+
 def test_a_save_that_fails_leaves_the_old_folder(folder, monkeypatch):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     model = from_pretrained(folder)

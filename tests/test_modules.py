@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import threading
 import warnings
 
@@ -164,8 +165,8 @@ def test_odd_tensors(model):
         ({"input_ids": torch.ones(1, 25, dtype=torch.long)}, "25 tokens, more than max_position_embeddings 24"),
         ({"attention_mask": torch.ones(2, 4)}, r"attention_mask has shape \(2, 4\), expected \(2, 5\)"),
         ({"attention_mask": torch.ones(2, 5, 5)}, r"attention_mask has shape \(2, 5, 5\)"),
-        ({"token_type_ids": torch.zeros(1, 5, dtype=torch.long)}, r"token_type_ids has shape \(1, 5\)"),
-        ({"position_ids": torch.zeros(5, dtype=torch.long)}, r"position_ids has shape \(5,\)"),
+        ({"token_type_ids": torch.zeros(1, 4, dtype=torch.long)}, r"token_type_ids has shape \(1, 4\)"),
+        ({"position_ids": torch.zeros(4, dtype=torch.long)}, r"position_ids has shape \(4,\)"),
         ({"input_ids": torch.ones(2, 5)}, "input_ids is torch.float32, expected int64 or int32"),
         ({"input_ids": torch.ones(5, dtype=torch.long)}, r"input_ids has shape \(5,\)"),
         ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
@@ -220,6 +221,22 @@ def test_bad_labels(head, labels, message):
 def test_hidden_size_must_divide():
     with pytest.raises(ValueError, match="hidden_size 50 is not divisible by num_attention_heads 12"):
         BertConfig(hidden_size=50)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("layer_norm_eps", "tiny"),
+        ("layer_norm_eps", 0),
+        ("hidden_dropout_prob", None),
+        ("pad_token_id", "0"),
+        ("id2label", ["yes", "no"]),
+        ("id2label", {"yes": 0}),
+    ],
+)
+def test_an_impossible_field_is_named_with_its_value(field, value):
+    with pytest.raises(ValueError, match=re.escape(f"{field} is {value!r}, expected ")):
+        BertConfig.from_dict({field: value})
 
 
 def test_unknown_keyword(model):

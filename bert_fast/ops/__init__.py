@@ -1,6 +1,15 @@
 """The steps of BERT, each with a plain definition and fused implementations for GPU (Triton) and CPU (C++)."""
 
-from bert_fast.ops._dispatch import FallbackWarning, Impl, Op, Selection, Traits, force, warn_of_fallback
+from bert_fast.ops._dispatch import (
+    FallbackWarning,
+    Impl,
+    Op,
+    Selection,
+    Traits,
+    force,
+    forward_ad_is_on,
+    warn_of_fallback,
+)
 from bert_fast.ops.attention import attention
 from bert_fast.ops.bias_gelu import bias_gelu
 from bert_fast.ops.embedding_layer_norm import embedding_layer_norm
@@ -17,6 +26,7 @@ __all__ = [
     "bias_gelu",
     "embedding_layer_norm",
     "force",
+    "forward_ad_is_on",
     "pooling",
     "residual_layer_norm",
     "warn_of_fallback",

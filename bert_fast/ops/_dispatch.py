@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 #: Name of the plain definition among the implementations of an op.
 REFERENCE = "reference"
@@ -33,6 +34,12 @@ class Traits(NamedTuple):
 
     head_dim: int = 0  # attention only
     dropout: bool = False
+    forward_ad: bool = False  # forward-mode derivatives are wanted
+
+
+def forward_ad_is_on() -> bool:
+    """Whether tensors may carry tangents (torch.func.jvp, torch.autograd.forward_ad), which a fused kernel drops."""
+    return forward_ad._current_level >= 0  # torch has no public name for it
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,8 @@ class Impl:
             )
         if traits.dropout:
             return "has no dropout"
+        if traits.forward_ad:
+            return "has no forward-mode derivative"
         if reason := self.limits(traits):
             return reason
         try:
@@ -131,8 +140,10 @@ class Op:
         return self._run(selection, args)
 
     def _selection_for(self, args: Sequence[Any], impl: str | None = None) -> Selection:
-        lead = args[self.lead]
-        key = (lead.device.type, lead.dtype, self.traits(*args), impl or _forced)
+        lead, traits = args[self.lead], self.traits(*args)
+        if forward_ad_is_on():
+            traits = traits._replace(forward_ad=True)
+        key = (lead.device.type, lead.dtype, traits, impl or _forced)
         selection = self._selections.get(key)
         if selection is None:
             self.check(*args)  # before anybody is told which implementation refuses such arguments

@@ -6,16 +6,19 @@ BIN := .venv/bin
 # One version that CPU machines get without CUDA packages where an index offers it.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-slow check bench dev extension format clean
+.PHONY: demo test test-slow test-peers check bench dev extension format clean
 
 demo: .venv/demo extension
 	@$(BIN)/python -m bert_fast.demo
 
 test: .venv/dev extension
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not peers"
 
 test-slow: .venv/dev extension
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-peers: .venv/dev .venv/bench extension
+	$(BIN)/python -m pytest -m peers
 
 check: .venv/dev
 	$(BIN)/ruff check .
@@ -23,7 +26,7 @@ check: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp')
 
-bench: .venv/dev extension
+bench: .venv/dev .venv/bench extension
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
@@ -47,6 +50,10 @@ format: .venv/dev
 
 .venv/dev: .venv/base
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+.venv/bench: .venv/base
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[bench]"
 	@touch $@
 
 # Incremental: only what changed is compiled.

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 import matplotlib
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from benchmarks.peak import Peak
-from bert_fast.benchmarking import Row, format_table
+from bert_fast.benchmarking import Row, format_table, has_line_per_contender
 from bert_fast.folders import read_json
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 
-#: Of the bars, counted from the last contender, which is bert_fast.
-COLORS = ("#b8b8b8", "#2a6fb0")
+#: Of the bars.
+BERT_FAST_COLOR, PEER_COLORS = "#2a6fb0", colormaps["Set2"]
 
 
 class Result(TypedDict):
@@ -60,6 +61,7 @@ def markdown(result: Result, plot_path: str) -> str:
     """What was measured where, by which command; the table; and the plot."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     peaks = ", ".join(f"{i['dtype']} {i['gops']:.0f} ({i['instruction']})" for i in result["peak"]["instructions"])
+    baseline = next(iter(result["rows"][0]["contenders"]))
     commit = f"commit {result['commit'][:12]}" if result["commit"] else "no commit"
     return f"""\
 {result["device"]}, {result["threads"]} threads, {commit}{" with changes" if result["dirty"] else ""}, \
@@ -70,11 +72,22 @@ What the machine can do, in 10^9 operations per second: {peaks}; memory copy {re
 
 {format_table(result["rows"])}
 
-Medians of interleaved rounds, in milliseconds; ratio: transformers' time over this one's; GFLOP/s: work on real
-tokens only; error: relative, against transformers' answer.
+{_legend(result["rows"])}
 
-![Speed relative to transformers]({plot_path})
+![Speed relative to {baseline}]({plot_path})
 """
+
+
+def _legend(rows: list[Row]) -> str:
+    """What the columns of the table mean."""
+    baseline = next(iter(rows[0]["contenders"]))
+    with_peers = has_line_per_contender(rows)
+    to_best = "\nto best: the time of the fastest other contender over bert_fast's;" if with_peers else ""
+    precision = " in float32,\nwhich is what it runs in where a row is int8" if with_peers else ""
+    return (
+        f"Medians of interleaved rounds, in milliseconds; ratio: the time of {baseline} over this one's;{to_best}\n"
+        f"GFLOP/s: work on real tokens only; error: relative, against the answer of {baseline}{precision}."
+    )
 
 
 def splice(text: str, table: str) -> str:
@@ -94,27 +107,30 @@ def splice(text: str, table: str) -> str:
 
 
 def plot(rows: list[Row]) -> Figure:
-    """Bars of the ratios to transformers, one group per row."""
-    names = list(rows[0]["contenders"])[1:]
+    """Bars of the ratios to the first contender, one group per row; a contender that a row has not leaves a gap."""
+    baseline = next(iter(rows[0]["contenders"]))
+    names = list(dict.fromkeys(name for row in rows for name in list(row["contenders"])[1:]))
+    names.sort(key="bert_fast".__eq__)  # which is last
     labels = [f"{row['model']}  {row['case']}  {row['dtype']}" for row in rows]
     height = 0.8 / len(names)
     figure = Figure(figsize=(7, 0.8 + (0.1 + 0.22 * len(names)) * len(rows)))
     axes = figure.subplots()
     axes.axvline(1, color="black", linewidth=1)
     for index, name in enumerate(names):
-        ratios = [row["contenders"][name]["ratio"] for row in rows]
-        places = [place + (index + 0.5) * height - 0.4 for place in range(len(rows))]
-        bars = axes.barh(places, ratios, height, label=name, color=COLORS[index - len(names)])
+        there = [(place, row["contenders"][name]) for place, row in enumerate(rows) if name in row["contenders"]]
+        places = [place + (index + 0.5) * height - 0.4 for place, _ in there]
+        color = BERT_FAST_COLOR if name == "bert_fast" else PEER_COLORS(index)
+        bars = axes.barh(places, [measured["ratio"] for _, measured in there], height, label=name, color=color)
         white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # under the label, over the line at 1
         axes.bar_label(bars, fmt="%.2fx", padding=3, fontsize=8, bbox=white)
     axes.set_yticks(range(len(rows)), labels)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.margins(x=0.12, y=0.02)
-    axes.set_xlabel("speed relative to transformers with SDPA (1 = as fast)")
+    axes.set_xlabel(f"speed relative to {baseline} (1 = as fast)")
     axes.spines[["top", "right", "left"]].set_visible(False)
     if len(names) > 1:
-        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(names))
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=min(3, len(names)))
     return figure
 
 

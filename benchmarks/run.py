@@ -1,9 +1,11 @@
 """End to end: transformers (SDPA, padded) against the same model through `bert_fast.accelerate`, in one run.
 
     python -m benchmarks.run [--models minilm base large] [--cases 1x16 mix32] [--dtype float32 bfloat16] [--threads N]
+                             [--peers all | NAME ...]
 
-measures what the machine can do, checks that the answers agree, times the two side by side, and writes
-`benchmarks/results/<device>/encoder.json` with a table and a plot next to it.
+measures what the machine can do, checks that the answers agree, times the contenders side by side, and writes
+`benchmarks/results/<device>/encoder.json` with a table and a plot next to it. With `--strings N` it times
+`SentenceTransformer.encode` against `Embedder.encode` on N texts instead, and writes `strings.json`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,9 @@ import torch
 
 from benchmarks import peak, report
 from benchmarks.cases import MODELS, ModelCases
-from bert_fast.benchmarking import MAX_ERROR, Row, bench_cases, format_table, load, parse_case
+from benchmarks.peers import PEERS, select
+from bert_fast.benchmarking import MAX_ERROR, MAX_PEER_ERROR, Row, bench_cases, format_table, load, parse_case
+from bert_fast.folders import DEMO
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,19 +40,10 @@ def main() -> None:
     load_before = list(os.getloadavg())
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     machine = peak.measure_cuda() if options.device == "cuda" else peak.measure_cpu(options.threads)
-    rows: list[Row] = []
-    for key in options.models:
-        for dtype in options.dtype:
-            print(f"timing {MODELS[key].title} in {dtype}", file=sys.stderr)
-            rows += bench_cases(
-                build(MODELS[key], dtype).to(options.device),
-                MODELS[key].title,
-                [parse_case(text) for text in options.cases or MODELS[key].cases],
-                threads=options.threads,
-                repeats=options.repeats,
-                peak_gops=peak.best(machine, dtype),
-                compiled=options.compile,
-            )
+    rows = _strings(options, machine) if options.strings else _encoders(options, machine)
+    packages = [package for peer in options.peers for package in peer.packages]
+    if options.strings:
+        packages = ["sentence-transformers"]
     head, dirty = commit()
     device = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
     result: report.Result = {
@@ -57,35 +53,80 @@ def main() -> None:
         "dirty": dirty,
         "device": device,
         "threads": options.threads,
-        "versions": versions(),
+        "versions": versions(packages),
         "load_average": {"before": load_before, "after": list(os.getloadavg())},
         "peak": machine,
         "rows": rows,
     }
     folder = slug(device if options.device == "cuda" else f"{device} {options.threads} threads")
-    output = options.output or ROOT / "benchmarks" / "results" / folder / "encoder.json"
+    file = "strings.json" if options.strings else "encoder.json"
+    output = options.output or ROOT / "benchmarks" / "results" / folder / file
     report.save(result, output)
     print(format_table(rows))
     print(f"written: {output}", file=sys.stderr)
+
+
+def _encoders(options: argparse.Namespace, machine: peak.Peak) -> list[Row]:
+    rows: list[Row] = []
+    for key in options.models:
+        for dtype in options.dtype:
+            peers = {
+                peer.name: partial(peer.build, precision=dtype) for peer in options.peers if dtype in peer.precisions
+            }
+            beside = f" beside {', '.join(peers)}" if peers else ""
+            print(f"timing {MODELS[key].title} in {dtype}{beside}", file=sys.stderr)
+            rows += bench_cases(
+                build(MODELS[key], dtype if dtype in MAX_ERROR else "float32").to(options.device),
+                MODELS[key].title,
+                [parse_case(text) for text in options.cases or MODELS[key].cases],
+                threads=options.threads,
+                repeats=options.repeats,
+                peak_gops=peak.best(machine, dtype),
+                precision=dtype,
+                peers=peers,
+            )
+    return rows
+
+
+def _strings(options: argparse.Namespace, machine: peak.Peak) -> list[Row]:
+    from benchmarks.peers.strings import bench_strings
+
+    gops = peak.best(machine, "float32")
+    return [bench_strings(DEMO, MODELS["minilm"].title, options.strings, options.threads, options.repeats, gops)]
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time bert_fast against transformers, side by side.")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="32x128 or mix32; the model's own when not given")
-    parser.add_argument("--dtype", nargs="+", choices=MAX_ERROR, default=["float32"])
+    parser.add_argument("--dtype", nargs="+", choices=MAX_PEER_ERROR, default=["float32"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile; slow to start")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=("all", *PEERS),
+        metavar="PEER",
+        default=[],
+        help=f"also time these: all that are installed, or {', '.join(PEERS)}",
+    )
+    parser.add_argument(
+        "--strings", type=int, metavar="N", help="time encode of N texts by sentence-transformers and by bert_fast"
+    )
     parser.add_argument(
         "--output", type=Path, help="results file; benchmarks/results/<device>/encoder.json if not given"
     )
     options = parser.parse_args()
-    for name in ("threads", "repeats"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}, expected at least 1")
+    for name in ("threads", "repeats", "strings"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name} is {value}, expected at least 1")
+    if options.strings and (options.peers or options.device != "cpu"):
+        parser.error("--strings compares with sentence-transformers on the CPU; it takes no --peers and no --device")
     try:
+        options.peers = select(options.peers, options.device)
+        if "int8" in options.dtype and not any("int8" in peer.precisions for peer in options.peers):
+            raise ValueError("--dtype int8 needs --peers that have it")
         for text in options.cases or ():
             parse_case(text)
     except ValueError as error:
@@ -123,12 +164,12 @@ def commit() -> tuple[str | None, bool | None]:
     return head, None if status is None else bool(status)
 
 
-def versions() -> dict[str, str | None]:
-    """Of everything the figures depend on; None for what is not there."""
+def versions(packages: list[str]) -> dict[str, str | None]:
+    """Of everything the figures depend on, these packages too; None for what is not there."""
     compiler = _output([*peak.compiler(), "--version"])
     return {
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "transformers", "triton")},
+        **{name: _version(name) for name in ("torch", "transformers", "triton", *packages)},
         "compiler": compiler.splitlines()[0] if compiler else None,
     }
 

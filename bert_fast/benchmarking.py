@@ -6,10 +6,12 @@ import copy
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
@@ -23,8 +25,14 @@ from bert_fast.folders import resolve
 #: rounding, which grows over the layers to some units in the last place; `bert-fast verify` judges the rounding.
 MAX_ERROR = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}
 
+#: The same for the peers, which decide for themselves what they round: it tells a wrong model from a coarse one.
+MAX_PEER_ERROR = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 5e-2, "int8": 0.6}
+
 #: Shortest sample, in seconds: a shorter call is repeated within the sample, or the clock would be measured.
 MIN_SAMPLE = 0.01
+
+#: A forward pass: what `Case.inputs` gives -> last hidden states (batch_size, longest, hidden_size).
+Encode = Callable[[dict[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -127,17 +135,19 @@ def compare(
     repeats: int = 7,
     warmup: int = 2,
     *,
-    max_error: float = MAX_ERROR["float32"],
+    max_error: float | Mapping[str, float] = MAX_ERROR["float32"],
+    expected: Tensor | None = None,
     part: Callable[[Tensor], Tensor] = lambda answer: answer,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
     """Check that the contenders agree, then time them in interleaved rounds whose order rotates.
 
     Args:
-        contenders: calls by name; the first one is what the others' answers are compared with.
+        contenders: calls by name.
         repeats: rounds; each takes one sample of every contender.
         warmup: untimed calls of each contender before the rounds.
-        max_error: largest `relative_error` that passes.
+        max_error: largest `relative_error` that passes; of each contender, by name, where they differ.
+        expected: the right answer; the first contender's when not given.
         part: what of an answer is compared.
         device: where the calls run; on "cuda" the device's own clock times them.
 
@@ -147,7 +157,11 @@ def compare(
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}, expected at least 1")
-    errors = _errors({name: part(call()) for name, call in contenders.items()}, max_error)
+    answers = {name: part(call()) for name, call in contenders.items()}
+    baseline, first_answer = next(iter(answers.items()))
+    if expected is not None:
+        baseline, first_answer = "the expected answer", part(expected)
+    errors = _errors(answers, baseline, first_answer, max_error)
     counts = {}
     for name, call in contenders.items():
         for _ in range(warmup):
@@ -161,9 +175,10 @@ def compare(
     return {name: Timing(tuple(samples[name]), errors[name]) for name in contenders}
 
 
-def _errors(answers: dict[str, Tensor], max_error: float) -> dict[str, float]:
-    """Error of each answer against the first."""
-    baseline, expected = next(iter(answers.items()))
+def _errors(
+    answers: dict[str, Tensor], baseline: str, expected: Tensor, max_error: float | Mapping[str, float]
+) -> dict[str, float]:
+    """Error of each answer against the expected one, which messages call `baseline`."""
     errors = {}
     for name, answer in answers.items():
         if answer.shape != expected.shape:
@@ -171,9 +186,10 @@ def _errors(answers: dict[str, Tensor], max_error: float) -> dict[str, float]:
                 f"{name} gives shape {tuple(answer.shape)} but {baseline} gives {tuple(expected.shape)}"
             )
         errors[name] = relative_error(answer, expected)
-        if not errors[name] <= max_error:  # not "greater": NaN must not pass
+        allowed = max_error[name] if isinstance(max_error, Mapping) else max_error
+        if not errors[name] <= allowed:  # not "greater": NaN must not pass
             raise WrongAnswerError(
-                f"{name} differs from {baseline} by a relative error of {errors[name]:.1e}, allowed {max_error:.0e}"
+                f"{name} differs from {baseline} by a relative error of {errors[name]:.1e}, allowed {allowed:.0e}"
             )
     return errors
 
@@ -263,9 +279,10 @@ def bench_cases(
     threads: int | None = None,
     repeats: int = 7,
     peak_gops: float | None = None,
-    compiled: bool = False,
+    precision: str | None = None,
+    peers: Mapping[str, Callable[[Any], Encode]] | None = None,
 ) -> list[Row]:
-    """Time a transformers BERT, where it is, against a copy of it passed through `bert_fast.accelerate`.
+    """Time a transformers BERT, where it is, against a copy of it passed through `bert_fast.accelerate`, and peers.
 
     Args:
         model: a transformers base model in eval mode; unchanged.
@@ -273,7 +290,9 @@ def bench_cases(
         cases: the batches.
         threads, repeats: as in `bench_model`.
         peak_gops: what the device can do in this dtype, in 10^9 operations per second; gives `of_peak`.
-        compiled: also time `torch.compile` of a copy, compiled anew for each case.
+        precision: of the peers and of `of_peak`; the model's dtype when not given. In "int8" the model stays as it is,
+            and bert_fast, which has none, takes no part.
+        peers: what builds them, by name, from the model in float32. With peers, all errors are against its answer.
 
     Raises:
         ValueError: as `bench_model`.
@@ -281,44 +300,77 @@ def bench_cases(
     """
     from bert_fast.drop_in import accelerate
 
+    dtype = str(model.dtype).removeprefix("torch.")
+    precision, peers = precision or dtype, peers or {}
     for case in cases:
         if max(case.lengths) > model.config.max_position_embeddings:
             raise ValueError(
                 f"case {case.name} has a sequence of {max(case.lengths)} tokens, "
                 f"{name} takes {model.config.max_position_embeddings}"
             )
-    models = {"transformers": model}
-    if compiled:
-        models["torch.compile"] = torch.compile(copy.deepcopy(model), dynamic=False)
-    models["bert_fast"] = accelerate(copy.deepcopy(model))
-    with _threads(threads), torch.inference_mode():
-        return [_row(models, name, case, repeats, peak_gops) for case in cases]
+    contenders = {"transformers": _encode(model)}
+    exact: Encode | None = None
+    with using_threads(threads):
+        if peers:
+            model32 = model if dtype == "float32" else copy.deepcopy(model).float()
+            exact = _encode(model32)
+            contenders |= {peer: build(model32) for peer, build in peers.items()}
+        if precision == dtype:
+            contenders["bert_fast"] = _encode(accelerate(copy.deepcopy(model)))
+        max_error = {
+            contender: MAX_PEER_ERROR[precision] if contender in peers else MAX_ERROR[dtype] for contender in contenders
+        }
+        rows = []
+        for case in cases:
+            inputs = case.inputs(model.config.vocab_size, model.device)
+            with torch.inference_mode():
+                timings = compare(
+                    {contender: partial(encode, inputs) for contender, encode in contenders.items()},
+                    repeats,
+                    max_error=max_error,
+                    expected=exact(inputs) if exact else None,
+                    part=itemgetter(inputs["attention_mask"].bool()),  # what stands in padding is nobody's answer
+                    device=model.device,
+                )
+            rows.append(
+                measured_row(
+                    timings,
+                    model=name,
+                    case=case.name,
+                    dtype=precision,
+                    tokens=case.num_tokens,
+                    padded_tokens=case.num_padded_tokens,
+                    flops=useful_flops(model.config, case.lengths),
+                    peak_gops=peak_gops,
+                )
+            )
+    return rows
 
 
-def _row(models: dict[str, Any], name: str, case: Case, repeats: int, peak_gops: float | None) -> Row:
-    config, device = models["transformers"].config, models["transformers"].device
-    dtype = str(models["transformers"].dtype).removeprefix("torch.")
-    inputs = case.inputs(config.vocab_size, device)
-    real = inputs["attention_mask"].bool()
+def _encode(model: Any) -> Encode:
+    return lambda inputs: model(**inputs).last_hidden_state
 
-    def call_of(model: Any) -> Callable[[], Tensor]:
-        return lambda: model(**inputs).last_hidden_state
 
-    timings = compare(
-        {contender: call_of(model) for contender, model in models.items()},
-        repeats,
-        max_error=MAX_ERROR[dtype],
-        part=lambda hidden: hidden[real],  # what stands in padding is nobody's answer
-        device=device,
-    )
-    gflop = useful_flops(config, case.lengths) * 1e-9
-    baseline = timings["transformers"].median
+def measured_row(
+    timings: Mapping[str, Timing],
+    *,
+    model: str,
+    case: str,
+    dtype: str,
+    tokens: int,
+    padded_tokens: int,
+    flops: int,
+    peak_gops: float | None,
+) -> Row:
+    """What `compare` measured, as a row: `flops` is the useful work of a call, see `Row` for the rest."""
+    gflop = flops * 1e-9
+    baseline = next(iter(timings.values())).median
     return {
-        "model": name,
-        "case": case.name,
+        "model": model,
+        "case": case,
         "dtype": dtype,
-        "tokens": case.num_tokens,
-        "padded_tokens": case.num_padded_tokens,
+        "tokens": tokens,
+        "padded_tokens": padded_tokens,
         "contenders": {
             contender: {
                 "median_ms": timing.median * 1e3,
@@ -334,8 +386,8 @@ def _row(models: dict[str, Any], name: str, case: Case, repeats: int, peak_gops:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """torch's threads for the length of the context; None leaves them."""
+def using_threads(count: int | None) -> Iterator[None]:
+    """torch's threads for the length of the context; None leaves them, and less than 1 is a ValueError."""
     if count is not None and count < 1:
         raise ValueError(f"threads is {count}, expected at least 1")
     before = torch.get_num_threads()
@@ -346,21 +398,31 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def has_line_per_contender(rows: Sequence[Row]) -> bool:
+    """Whether `format_table` gives each contender a line: where there are more than three, or not always the same."""
+    names = {tuple(row["contenders"]) for row in rows}
+    return len(names) > 1 or any(len(contenders) > 3 for contenders in names)
+
+
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table that also reads well in a terminal.
 
-    Times are medians in milliseconds; GFLOP/s counts useful work. The last three columns are the last contender's.
+    Times are medians in milliseconds; GFLOP/s counts useful work. A line is a case, and its last three columns are the
+    last contender's. Where `has_line_per_contender`, "to best" says how many times bert_fast is as fast as the fastest
+    of the others.
     The model and the dtype are left out where all rows have the same, the share of the peak where it is not known.
     """
     if not rows:
         return ""
-    lines = [_cells(row) for row in rows]
+    if has_line_per_contender(rows):
+        lines = [_contender_cells(row, name) for row in rows for name in row["contenders"]]
+    else:
+        lines = [_cells(row) for row in rows]
     same = [name for name in ("model", "dtype") if len({line[name] for line in lines}) == 1]
-    same += [name for name in ("of peak",) if not any(line[name] for line in lines)]
-    lines = [{name: cell for name, cell in line.items() if name not in same} for line in lines]
-    header = list(lines[0])
+    same += [name for name in ("of peak", "to best") if not any(line.get(name) for line in lines)]
+    header = [name for name in lines[0] if name not in same]
     widths = {name: max(len(name), *(len(line[name]) for line in lines)) for name in header}
-    text = {"model", "case", "dtype"}
+    text = {"model", "case", "dtype", "contender"}
 
     def joined(cells: dict[str, str]) -> str:
         return "| " + " | ".join(f"{cells[n]:{'<' if n in text else '>'}{widths[n]}}" for n in header) + " |"
@@ -369,20 +431,52 @@ def format_table(rows: Sequence[Row]) -> str:
     return "\n".join([joined({name: name for name in header}), joined(rule), *map(joined, lines)])
 
 
-def _cells(row: Row) -> dict[str, str]:
-    """Column name -> what stands there."""
-    contenders = row["contenders"]
-    *_, subject = contenders
-    last = contenders[subject]
+def _case_cells(row: Row) -> dict[str, str]:
     return {
         "model": row["model"],
         "case": row["case"],
         "dtype": row["dtype"],
         "tokens": str(row["tokens"]),
         "padded": str(row["padded_tokens"]),
+    }
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """Column name -> what stands there, in the line of a case."""
+    contenders = row["contenders"]
+    *_, subject = contenders
+    last = contenders[subject]
+    return {
+        **_case_cells(row),
         **{f"{name} ms": f"{measured['median_ms']:.2f}" for name, measured in contenders.items()},
         **{f"{name} ratio": f"{measured['ratio']:.2f}x" for name, measured in list(contenders.items())[1:]},
         f"{subject} GFLOP/s": f"{last['gflops']:.0f}",
-        "of peak": "" if last["of_peak"] is None else f"{last['of_peak']:.0%}",
-        "error": f"{last['error']:.0e}",
+        **_quality_cells(last),
     }
+
+
+def _contender_cells(row: Row, name: str) -> dict[str, str]:
+    """The same, in the line of one contender."""
+    measured = row["contenders"][name]
+    return {
+        **_case_cells(row),
+        "contender": name,
+        "ms": f"{measured['median_ms']:.2f}",
+        "ratio": f"{measured['ratio']:.2f}x",
+        "to best": f"{ratio_to_best(row):.2f}x" if name == "bert_fast" else "",
+        "GFLOP/s": f"{measured['gflops']:.0f}",
+        **_quality_cells(measured),
+    }
+
+
+def _quality_cells(measured: Measured) -> dict[str, str]:
+    return {
+        "of peak": "" if measured["of_peak"] is None else f"{measured['of_peak']:.0%}",
+        "error": f"{measured['error']:.0e}",
+    }
+
+
+def ratio_to_best(row: Row) -> float:
+    """The time of the fastest other contender, transformers among them, over bert_fast's: above 1 is ahead of all."""
+    others = (measured["median_ms"] for name, measured in row["contenders"].items() if name != "bert_fast")
+    return min(others) / row["contenders"]["bert_fast"]["median_ms"]

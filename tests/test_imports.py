@@ -15,7 +15,8 @@ LIGHT = {"activation", "checks", "config", "outputs", "ragged", "inputs"}
 ALLOWED = {
     "activation": set(),
     "checks": set(),
-    "config": {"activation"},
+    "folders": set(),
+    "config": {"activation", "folders"},
     "outputs": set(),
     "ragged": set(),
     "inputs": {"checks", "config", "ragged"},
@@ -27,7 +28,7 @@ ALLOWED = {
     "drop_in": LIGHT | {"encoder", "modules", "ops"},
 }
 ABOVE = {
-    "__init__", "loading", "folders", "tokenization", "embedder", "bulk", "verify", "benchmarking", "info", "doctor",
+    "__init__", "loading", "tokenization", "embedder", "bulk", "verify", "benchmarking", "info", "doctor",
     "demo", "cli",
 }  # fmt: skip
 #: Imported only inside functions, by whoever imports them.

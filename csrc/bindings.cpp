@@ -1,176 +1,17 @@
 // The Python module bert_fast._C: validates everything it is given, owns memory and threads, and calls the kernels.
 // The functions take the arguments of the schemas in bert_fast/ops, and release the GIL.
-#include <ATen/ATen.h>
-#include <ATen/MemoryOverlap.h>
-#include <ATen/Parallel.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/utils/pybind.h>
+#include "bindings.h"
+
 #include <torch/version.h>
 
-#include <algorithm>
 #include <atomic>
-#include <memory>
-#include <new>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
-#include "dispatch.h"
 #include "schedule.h"
 
 namespace py = pybind11;
 
 namespace bert_fast {
 namespace {
-
-using at::Tensor;
-
-// ---------------------------------------------------------------------------------------------------------- checking
-
-std::string shape_text(at::IntArrayRef sizes) {
-  std::string text = "(";
-  for (size_t i = 0; i < sizes.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(sizes[i]);
-  return text + (sizes.size() == 1 ? ",)" : ")");
-}
-
-std::string dtype_text(const Tensor& tensor) {
-  return "torch." + std::string(c10::getDtypeNames(tensor.scalar_type()).first);
-}
-
-void check_shape(const char* op, const char* name, const Tensor& tensor, at::IntArrayRef expected) {
-  TORCH_CHECK_VALUE(tensor.sizes() == expected, op, ": ", name, " has shape ", shape_text(tensor.sizes()),
-                    ", expected ", shape_text(expected));
-}
-
-void check_cpu(const char* op, const char* name, const Tensor& tensor) {
-  TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.layout() == at::kStrided, op, ": ", name, " is on ",
-                    tensor.device().str(), " with layout ", tensor.layout(), ", expected a dense tensor on cpu");
-}
-
-// float32 or bfloat16, dense, on the CPU, and of the dtype of `lead`.
-void check_kind(const char* op, const char* name, const Tensor& tensor, const char* lead_name, const Tensor& lead) {
-  check_cpu(op, name, tensor);
-  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16, op, ": ", name, " is ",
-                    dtype_text(tensor), ", expected torch.float32 or torch.bfloat16");
-  TORCH_CHECK_VALUE(tensor.scalar_type() == lead.scalar_type(), op, ": ", name, " is ", dtype_text(tensor), " but ",
-                    lead_name, " is ", dtype_text(lead));
-}
-
-void check_vector(const char* op, const char* name, const Tensor& tensor, const char* lead_name, const Tensor& lead) {
-  check_kind(op, name, tensor, lead_name, lead);
-  check_shape(op, name, tensor, {lead.size(-1)});
-}
-
-void check_no_dropout(const char* op, double dropout_p) {
-  TORCH_CHECK_VALUE(dropout_p == 0, op, ": dropout_p is ", dropout_p, ", expected 0: the C++ kernels have no dropout");
-}
-
-// Sequence offsets, copied: int32 (batch_size + 1,) from 0 to num_tokens, never falling.
-std::vector<int32_t> checked_offsets(const char* op, const Tensor& offsets, int64_t num_tokens) {
-  check_cpu(op, "cu_seqlens", offsets);
-  TORCH_CHECK_VALUE(offsets.dim() == 1 && offsets.numel() >= 1 && offsets.scalar_type() == at::kInt, op,
-                    ": cu_seqlens is ", dtype_text(offsets), " of shape ", shape_text(offsets.sizes()),
-                    ", expected int32 (batch_size + 1,)");
-  const Tensor dense = offsets.contiguous();
-  const int32_t* data = dense.const_data_ptr<int32_t>();
-  std::vector<int32_t> values(data, data + dense.numel());
-  TORCH_CHECK_VALUE(values.front() == 0 && values.back() == num_tokens, op, ": cu_seqlens runs from ", values.front(),
-                    " to ", values.back(), ", expected 0 to ", num_tokens, " tokens");
-  for (size_t i = 1; i < values.size(); ++i)
-    TORCH_CHECK_VALUE(values[i - 1] <= values[i], op, ": cu_seqlens falls from ", values[i - 1], " to ", values[i],
-                      " at index ", i);
-  return values;
-}
-
-// Index of an element of a contiguous tensor, as Python prints it: 5, or (0, 5).
-std::string index_text(int64_t flat, at::IntArrayRef sizes) {
-  std::vector<int64_t> index(sizes.size());
-  for (size_t i = sizes.size(); i-- > 0; flat /= sizes[i]) index[i] = flat % sizes[i];
-  return index.size() == 1 ? std::to_string(index[0]) : shape_text(index);
-}
-
-// Ids as contiguous int64, every one in [0, size).
-Tensor checked_ids(const char* op, const char* name, const Tensor& ids, at::IntArrayRef shape, int64_t size) {
-  check_cpu(op, name, ids);
-  TORCH_CHECK_VALUE(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, op, ": ", name, " is ",
-                    dtype_text(ids), ", expected int64 or int32");
-  check_shape(op, name, ids, shape);
-  const Tensor dense = ids.to(at::kLong).contiguous();
-  const int64_t* data = dense.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < dense.numel(); ++i)
-    TORCH_CHECK_VALUE(data[i] >= 0 && data[i] < size, name, " ", data[i], " at index ", index_text(i, shape),
-                      " is out of range [0, ", size, ")");
-  return dense;
-}
-
-// The kernels of the instruction set in use; ValueError when the environment names one that is not there.
-const KernelTable& chosen_kernels() {
-  try {
-    return kernels();
-  } catch (const std::invalid_argument& error) {
-    TORCH_CHECK_VALUE(false, error.what());
-  }
-}
-
-// ------------------------------------------------------------------------------------------------- memory and threads
-
-// The elements as they lie in memory, in row-major order.
-Tensor contiguous(const Tensor& tensor) { return tensor.resolve_neg().contiguous(); }
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-struct AlignedDelete {
-  void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-
-// Uninitialised floats, aligned to a cache line.
-std::unique_ptr<float, AlignedDelete> allocate_floats(int64_t size) {
-  const size_t bytes = static_cast<size_t>(size) * sizeof(float);
-  return std::unique_ptr<float, AlignedDelete>(static_cast<float*>(::operator new(bytes, std::align_val_t{64})));
-}
-
-// Elements below which a thread is not worth waking.
-constexpr int64_t ELEMENTS_PER_THREAD = 16384;
-
-// f(begin, end) over the rows on torch's own threads; a few rows run on the caller's.
-// torch::stable runs inside torch: this module needs no OpenMP, of which a second copy would fight torch's.
-template <class F>
-void parallel_rows(int64_t rows, int64_t elements_per_row, const F& f) {
-  torch::stable::parallel_for(0, rows,
-                              std::max<int64_t>(1, ELEMENTS_PER_THREAD / std::max<int64_t>(1, elements_per_row)), f);
-}
-
-// f with a value of the type that the tensor holds: float or bfloat16.
-template <class F>
-void with_element_type(const Tensor& tensor, const F& f) {
-  if (tensor.scalar_type() == at::kFloat) {
-    f(float{});
-  } else {
-    f(bfloat16{});
-  }
-}
-
-// The caller's `out`, checked, or fresh memory.
-Tensor result(const char* op, const std::optional<Tensor>& out, at::IntArrayRef sizes, const Tensor& like) {
-  if (!out.has_value()) return at::empty(sizes, like.options());
-  check_cpu(op, "out", *out);
-  check_shape(op, "out", *out, sizes);
-  TORCH_CHECK_VALUE(out->scalar_type() == like.scalar_type(), op, ": out is ", dtype_text(*out), ", expected ",
-                    dtype_text(like));
-  TORCH_CHECK_VALUE(out->is_contiguous() && !out->is_neg(), op, ": out has strides ", shape_text(out->strides()),
-                    ", expected a contiguous tensor");
-  return *out;
-}
 
 // ---------------------------------------------------------------------------------------------------------------- ops
 
@@ -224,7 +65,7 @@ Tensor residual_layer_norm(const Tensor& x, const Tensor& bias, const Tensor& re
     const ResidualLayerNorm<T> args{data<T>(dense), data<T>(dense_bias), data<T>(dense_residual), mutable_data<T>(out),
                                     norm};
     parallel_rows(x.numel() / hidden_size, hidden_size, [&](int64_t begin, int64_t end) {
-      const auto scratch = allocate_floats(hidden_size);
+      const auto scratch = allocate<float>(hidden_size);
       table.of<T>().residual_layer_norm(args, begin, end, scratch.get());
     });
   });
@@ -269,19 +110,11 @@ Tensor embedding_layer_norm(const Tensor& input_ids, const Tensor& position_ids,
         data<int64_t>(words),    data<int64_t>(positions),  data<int64_t>(token_types), data<T>(word_table),
         data<T>(position_table), data<T>(token_type_table), mutable_data<T>(out),       norm};
     parallel_rows(words.numel(), hidden_size, [&](int64_t begin, int64_t end) {
-      const auto scratch = allocate_floats(hidden_size);
+      const auto scratch = allocate<float>(hidden_size);
       table.of<T>().embedding_layer_norm(args, begin, end, scratch.get());
     });
   });
   return out;
-}
-
-PoolingMode pooling_mode(const std::string& name) {
-  constexpr const char* names[] = {"cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean"};
-  for (int i = 0; i < 5; ++i)
-    if (name == names[i]) return static_cast<PoolingMode>(i);
-  TORCH_CHECK_VALUE(false, "pooling: mode is '", name,
-                    "', expected one of cls, mean, max, mean_sqrt_len_tokens, weightedmean");
 }
 
 Tensor pooling(const Tensor& hidden, const Tensor& cu_seqlens, const std::string& mode) {
@@ -298,7 +131,7 @@ Tensor pooling(const Tensor& hidden, const Tensor& cu_seqlens, const std::string
   if (out.numel() == 0) return out;
   with_element_type(hidden, [&](auto element) {
     using T = decltype(element);
-    const Pooling<T> args{data<T>(dense), offsets.data(), mutable_data<T>(out), hidden_size, pooled_by};
+    const Pooling<T> args{data<T>(dense), hidden_size, offsets.data(), mutable_data<T>(out), hidden_size, pooled_by};
     const int64_t tasks = batch_size * pooling_blocks(hidden_size);
     parallel_rows(tasks, hidden.numel() / tasks,
                   [&](int64_t begin, int64_t end) { table.of<T>().pooling(args, begin, end); });
@@ -323,7 +156,7 @@ void run_attention(const KernelTable& table, const Attention<T>& args, const std
   const int64_t workers = std::min<int64_t>(at::get_num_threads(), useful);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    const auto scratch = allocate_floats(scratch_size);
+    const auto scratch = allocate<float>(scratch_size);
     for (int64_t i = next++; i < count; i = next++) table.of<T>().attention(args, tasks[i], scratch.get());
   });
 }
@@ -407,6 +240,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("attention", wrap_pybind_function_no_gil(attention), arg("q"), arg("k"), arg("v"), arg("cu_seqlens"),
              arg("max_seqlen"), arg("attention_mask"), arg("scale"), arg("dropout_p"), out);
   module.def("pooling", wrap_pybind_function_no_gil(pooling));
+  bind_encoder(module);
   module.def("available_isas", available_isas, "Instruction sets that this machine has, best last.");
   module.def("set_isa", set_isa, "Run on this instruction set; ValueError when the machine does not have it.");
   module.def("get_isa", [] { return std::string(kernels().name); }, "The instruction set in use.");

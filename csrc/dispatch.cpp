@@ -19,6 +19,9 @@ std::vector<const KernelTable*> detect() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx2) tables.push_back(&avx2_kernels);
   if (has_avx2 && has_avx512) tables.push_back(&avx512_kernels);
+  const bool has_vnni = has_avx2 && has_avx512 && __builtin_cpu_supports("avx512vnni");
+  if (has_vnni) tables.push_back(&avx512_vnni_kernels);
+  if (has_vnni && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16_kernels);
 #endif
   return tables;
 }

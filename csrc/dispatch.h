@@ -9,8 +9,11 @@
 namespace bert_fast {
 
 extern const KernelTable scalar_kernels;
-extern const KernelTable avx2_kernels;    // x86 only
-extern const KernelTable avx512_kernels;  // x86 only
+// x86 only
+extern const KernelTable avx2_kernels;
+extern const KernelTable avx512_kernels;
+extern const KernelTable avx512_vnni_kernels;
+extern const KernelTable avx512_bf16_kernels;  // with VNNI
 
 // Names of the instruction sets that this machine has, best last.
 std::vector<std::string> available_isas();

@@ -13,6 +13,6 @@ BERT_FAST_TARGET_BEGIN("avx2,fma")
 BERT_FAST_TARGET_END
 
 namespace bert_fast {
-const KernelTable avx2_kernels{"avx2", avx2::all_kernels<float>, avx2::all_kernels<bfloat16>};
+const KernelTable avx2_kernels{"avx2", BERT_FAST_ALL_KERNELS};
 }
 #endif

@@ -6,6 +6,8 @@
 BERT_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
 #define BERT_FAST_ISA avx512
+#define BERT_FAST_VNNI 0
+#define BERT_FAST_BF16 0
 #include "vec/avx512.h"
 
 #include "kernels/all.h"
@@ -13,6 +15,6 @@ BERT_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 BERT_FAST_TARGET_END
 
 namespace bert_fast {
-const KernelTable avx512_kernels{"avx512", avx512::all_kernels<float>, avx512::all_kernels<bfloat16>};
+const KernelTable avx512_kernels{"avx512", BERT_FAST_ALL_KERNELS};
 }
 #endif

@@ -6,6 +6,9 @@
 
 namespace bert_fast {
 
+// Columns that a panel of packed weights holds.
+constexpr int64_t PANEL = 32;
+
 struct bfloat16 {
   uint16_t bits;
 };
@@ -52,7 +55,8 @@ enum class PoolingMode { cls, mean, max, mean_sqrt_len_tokens, weightedmean };
 
 template <class T>
 struct Pooling {
-  const T* hidden;            // (num_tokens, hidden_size), contiguous
+  const T* hidden;            // (num_tokens, hidden_size)
+  int64_t stride;             // of its rows
   const int32_t* cu_seqlens;  // (batch_size + 1), non-decreasing, from 0 to num_tokens
   T* out;                     // (batch_size, hidden_size), contiguous
   int64_t hidden_size;
@@ -93,14 +97,86 @@ struct AttentionTask {
   int64_t first_query, end_query;
 };
 
-// Widest block of queries that an instruction set takes at once.
-constexpr int64_t MAX_QUERY_BLOCK = 64;
-
-// Floats of scratch that one attention task needs, aligned to 64 bytes.
+// Floats of scratch that one attention task needs, aligned to 64 bytes; the same for every instruction set.
 inline int64_t attention_scratch_size(int64_t length, int64_t head_dim) {
-  constexpr int64_t alignment = 16;
-  return 2 * (length * head_dim + alignment) + MAX_QUERY_BLOCK * (length + 2 * head_dim);
+  constexpr int64_t tile_rows = 16;
+  const int64_t keys = (length + PANEL - 1) / PANEL * PANEL, channels = (head_dim + PANEL - 1) / PANEL * PANEL;
+  return 2 * keys * channels + tile_rows * (keys + PANEL + channels);
 }
+
+// What the products of an encoder are computed in.
+enum class Precision { fp32, bf16, int8 };
+
+enum class Activation { none, gelu_erf, gelu_tanh, relu };
+
+// A weight matrix (out_features, in_features), packed for one precision; the layout is the same for every instruction
+// set. out_features is padded to whole panels and in_features to whole PANELs, with zeros.
+struct PackedLinear {
+  const void* panels;   // (panels, depth / group, PANEL, group): float, pairs of bfloat16, or groups of four int8_t
+  const float* bias;    // (panels * PANEL)
+  const float* scales;  // (panels * PANEL); int8: a weight is its byte times the scale of its column
+  const float* sums;    // (panels * PANEL); int8: the sum of the weights of a column
+  int64_t depth;        // in_features, padded
+};
+
+// out = activation(input weight^T + bias) + residual. Rows of `out` and `residual` have room for whole panels.
+struct Linear {
+  PackedLinear weight;
+  const void* input;  // rows of `depth` floats, bfloat16 or uint8_t
+  int64_t input_stride;
+  const float* input_scale;    // (rows); int8: an input is its byte times the scale of its row, plus its minimum
+  const float* input_minimum;  // (rows)
+  // Rows of float where there is a residual; with an activation, the precision's input type, or float for int8; or else
+  // the type that attention reads: float for fp32, bfloat16 otherwise.
+  void* out;
+  int64_t out_stride;
+  const float* residual;  // or null; not with an activation
+  int64_t residual_stride;
+  Activation activation;
+};
+
+// Rows ready to be the input of a product: as floats, and in the precision's type.
+struct Prepared {
+  float* hidden;  // rows of hidden_size floats
+  int64_t hidden_stride;
+  void* input;  // the same as bfloat16 or uint8_t, zero up to a whole PANEL; null for fp32
+  int64_t input_stride;
+  float* scale;  // (rows); int8
+  float* minimum;
+};
+
+// LayerNorm of rows of floats, prepared for the product that follows.
+struct Normalize {
+  const float* x;
+  int64_t x_stride;
+  LayerNorm<float> norm;
+  Prepared out;
+};
+
+// Rows of float or bfloat16 to unsigned bytes: scale = (max - min) / 255, byte = round((x - min) / scale).
+struct Quantize {
+  const void* x;
+  int64_t x_stride;
+  int64_t size;  // values of a row
+  uint8_t* out;  // zero from `size` to a whole PANEL
+  int64_t out_stride;
+  float* scale;
+  float* minimum;
+};
+
+// The sums of three rows of tables, as floats.
+template <class T>
+struct EmbeddingSum {
+  const int64_t* input_ids;  // (rows) each; every id is a row of its table
+  const int64_t* position_ids;
+  const int64_t* token_type_ids;
+  const T* word_embeddings;  // (.., hidden_size) each, contiguous
+  const T* position_embeddings;
+  const T* token_type_embeddings;
+  int64_t hidden_size;
+  float* out;
+  int64_t out_stride;
+};
 
 // Kernels that take [begin, end) work on those rows only (pooling: on those tasks).
 template <class T>
@@ -112,12 +188,21 @@ struct Kernels {
   void (*pooling)(const Pooling<T>&, int64_t begin, int64_t end);
   // scratch: attention_scratch_size floats
   void (*attention)(const Attention<T>&, const AttentionTask&, float* scratch);
+  void (*embedding_sum)(const EmbeddingSum<T>&, int64_t begin, int64_t end);
+  void (*quantize)(const Quantize&, int64_t begin, int64_t end);
+};
+
+// The kernels of an encoder that depend on its precision.
+struct PrecisionKernels {
+  void (*linear)(const Linear&, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end);
+  void (*normalize)(const Normalize&, int64_t begin, int64_t end);
 };
 
 struct KernelTable {
   const char* name;
   Kernels<float> f32;
   Kernels<bfloat16> bf16;
+  PrecisionKernels precisions[3];  // by Precision
 
   template <class T>
   const Kernels<T>& of() const;

@@ -3,9 +3,13 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #define BERT_FAST_X86 1
@@ -21,10 +25,10 @@
   BERT_FAST_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define BERT_FAST_TARGET_END _Pragma("clang attribute pop")
 #else
-// GCC 12's own AVX-512 header sets off -Wmaybe-uninitialized.
+// GCC 12's own AVX-512 header sets off both warnings.
 #define BERT_FAST_TARGET_BEGIN(isa)                                                            \
   _Pragma("GCC push_options") BERT_FAST_PRAGMA(GCC target(isa)) _Pragma("GCC diagnostic push") \
-      _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")
+      _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"") _Pragma("GCC diagnostic ignored \"-Wuninitialized\"")
 #define BERT_FAST_TARGET_END _Pragma("GCC diagnostic pop") _Pragma("GCC pop_options")
 #endif
 

@@ -46,7 +46,7 @@ void pooling(const Pooling<T>& args, int64_t begin, int64_t end) {
   const int64_t size = args.hidden_size, blocks = pooling_blocks(size);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t sequence = task / blocks, first = task % blocks * POOLING_BLOCK;
-    const T* rows = args.hidden + args.cu_seqlens[sequence] * size;
+    const T* rows = args.hidden + args.cu_seqlens[sequence] * args.stride;
     const int64_t length = args.cu_seqlens[sequence + 1] - args.cu_seqlens[sequence];
     const Vec divisor = set1(pooling_divisor(args.mode, length));
     for (int64_t i = first; i < std::min(first + POOLING_BLOCK, size); i += LANES) {
@@ -55,9 +55,9 @@ void pooling(const Pooling<T>& args, int64_t begin, int64_t end) {
       if (length > 0 && args.mode == PoolingMode::cls) {
         result = load(rows + i, left);
       } else if (length > 0 && args.mode == PoolingMode::max) {
-        result = pool_max(rows + i, length, size, left);
+        result = pool_max(rows + i, length, args.stride, left);
       } else if (length > 0) {
-        result = pool_sum(rows + i, length, size, left, args.mode == PoolingMode::weightedmean) / divisor;
+        result = pool_sum(rows + i, length, args.stride, left, args.mode == PoolingMode::weightedmean) / divisor;
       }
       store(args.out + sequence * size + i, result, left);
     }

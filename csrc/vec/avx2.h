@@ -9,8 +9,9 @@ namespace bert_fast::BERT_FAST_ISA {
 // Not __m256: GCC keeps arrays of that type, which may alias anything, in memory instead of in registers.
 typedef float Vec __attribute__((vector_size(32)));
 constexpr int LANES = 8;
-constexpr int ACCUMULATORS = 12;
-constexpr int MAX_TILE_COLUMNS = 3;
+constexpr int TILE_ROWS = 6;
+constexpr int TILE_VECTORS = 2;
+constexpr bool HAS_DOT2 = false;
 
 BERT_FAST_INLINE Vec set1(float value) { return _mm256_set1_ps(value); }
 
@@ -60,6 +61,9 @@ BERT_FAST_INLINE void store(bfloat16* p, Vec v, int64_t count) {
 }
 
 BERT_FAST_INLINE Vec first(Vec v, int64_t count) { return _mm256_and_ps(v, _mm256_castsi256_ps(lane_mask(count))); }
+BERT_FAST_INLINE Vec first(Vec v, int64_t count, Vec fill) {
+  return count >= LANES ? v : static_cast<Vec>(_mm256_blendv_ps(fill, v, _mm256_castsi256_ps(lane_mask(count))));
+}
 BERT_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 BERT_FAST_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 BERT_FAST_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
@@ -74,6 +78,63 @@ BERT_FAST_INLINE float sum(Vec v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+BERT_FAST_INLINE float lowest(Vec v) {
+  const __m128 four = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
+}
+BERT_FAST_INLINE float highest(Vec v) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+typedef int Bits __attribute__((vector_size(32)));
+typedef int Ints __attribute__((vector_size(32)));
+
+BERT_FAST_INLINE Bits to_bits(Vec v) { return reinterpret_cast<Bits>(v); }
+BERT_FAST_INLINE Vec from_bits(Bits bits) { return reinterpret_cast<Vec>(bits); }
+BERT_FAST_INLINE Bits load_bits(const void* p) {
+  return reinterpret_cast<Bits>(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+BERT_FAST_INLINE Bits set1_bits(const void* p) {
+  int32_t lane;
+  std::memcpy(&lane, p, sizeof lane);
+  return reinterpret_cast<Bits>(_mm256_set1_epi32(lane));
+}
+BERT_FAST_INLINE Vec dot2(Vec total, Bits a, Bits b) {
+  constexpr int high = static_cast<int>(0xffff0000u);
+  total = fma(from_bits(a & high), from_bits(b & high), total);
+  return fma(from_bits(a << 16), from_bits(b << 16), total);
+}
+// By way of 16-bit products: vpmaddubsw would saturate.
+BERT_FAST_INLINE Ints dot4(Ints total, Bits a, Bits b) {
+  const __m256i left = reinterpret_cast<__m256i>(a), right = reinterpret_cast<__m256i>(b);
+  const __m256i a_even = _mm256_and_si256(left, _mm256_set1_epi16(0xff)), a_odd = _mm256_srli_epi16(left, 8);
+  const __m256i b_even = _mm256_srai_epi16(_mm256_slli_epi16(right, 8), 8), b_odd = _mm256_srai_epi16(right, 8);
+  const __m256i sums = _mm256_add_epi32(_mm256_madd_epi16(a_even, b_even), _mm256_madd_epi16(a_odd, b_odd));
+  return total + reinterpret_cast<Ints>(sums);
+}
+BERT_FAST_INLINE Vec to_float(Ints v) { return _mm256_cvtepi32_ps(reinterpret_cast<__m256i>(v)); }
+BERT_FAST_INLINE Bits pack_pairs(Vec low, Vec high) {
+  bfloat16 lows[LANES], highs[LANES], pairs[2 * LANES];
+  store(lows, low);
+  store(highs, high);
+  const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(lows));
+  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(highs));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(pairs), _mm_unpacklo_epi16(a, b));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(pairs + LANES), _mm_unpackhi_epi16(a, b));
+  return load_bits(pairs);
+}
+BERT_FAST_INLINE void store_bytes(uint8_t* p, Vec v, int64_t count) {
+  const __m256i lanes = _mm256_cvtps_epi32(v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(lanes), _mm256_extractf128_si256(lanes, 1));
+  const __m128i bytes = _mm_packus_epi16(words, words);
+  if (count >= LANES) return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
+  uint8_t all[16];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(all), bytes);
+  for (int64_t i = 0; i < count; ++i) p[i] = all[i];
 }
 
 BERT_FAST_INLINE void transpose(Vec (&m)[LANES]) {

@@ -1,4 +1,5 @@
 // Sixteen lanes of float: AVX-512 F, BW, DQ, VL. The interface is specified in scalar.h.
+// BERT_FAST_VNNI and BERT_FAST_BF16 say whether the instruction set has vpdpbusd, and vdpbf16ps beside it.
 #pragma once
 
 #include "../kernel_table.h"
@@ -9,8 +10,9 @@ namespace bert_fast::BERT_FAST_ISA {
 // Not __m512: GCC keeps arrays of that type, which may alias anything, in memory instead of in registers.
 typedef float Vec __attribute__((vector_size(64)));
 constexpr int LANES = 16;
-constexpr int ACCUMULATORS = 24;
-constexpr int MAX_TILE_COLUMNS = 4;
+constexpr int TILE_ROWS = 14;
+constexpr int TILE_VECTORS = 2;
+constexpr bool HAS_DOT2 = BERT_FAST_BF16;
 
 BERT_FAST_INLINE Vec set1(float value) { return _mm512_set1_ps(value); }
 
@@ -33,6 +35,9 @@ BERT_FAST_INLINE Vec load(const bfloat16* p, int64_t count) {
 }
 
 BERT_FAST_INLINE __m256i narrow(Vec v) {
+#if BERT_FAST_BF16
+  return (__m256i)_mm512_cvtneps_pbh(v);  // a denormal becomes zero
+#else
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i high = _mm512_srli_epi32(bits, 16);
   const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
@@ -40,6 +45,7 @@ BERT_FAST_INLINE __m256i narrow(Vec v) {
   const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
   const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40)));
+#endif
 }
 
 BERT_FAST_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
@@ -54,6 +60,9 @@ BERT_FAST_INLINE void store(bfloat16* p, Vec v, int64_t count) {
 }
 
 BERT_FAST_INLINE Vec first(Vec v, int64_t count) { return _mm512_maskz_mov_ps(lane_mask(count), v); }
+BERT_FAST_INLINE Vec first(Vec v, int64_t count, Vec fill) {
+  return count >= LANES ? v : static_cast<Vec>(_mm512_mask_mov_ps(fill, lane_mask(count), v));
+}
 BERT_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 BERT_FAST_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 BERT_FAST_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
@@ -65,6 +74,56 @@ BERT_FAST_INLINE Vec add_exponent(Vec v, Vec n) {
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), exponent));
 }
 BERT_FAST_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+BERT_FAST_INLINE float lowest(Vec v) { return _mm512_reduce_min_ps(v); }
+BERT_FAST_INLINE float highest(Vec v) { return _mm512_reduce_max_ps(v); }
+
+// Integer vectors of GCC's own, too: an array of __m512i accumulators would be spilt.
+typedef int Bits __attribute__((vector_size(64)));
+typedef int Ints __attribute__((vector_size(64)));
+
+BERT_FAST_INLINE Bits to_bits(Vec v) { return reinterpret_cast<Bits>(v); }
+BERT_FAST_INLINE Vec from_bits(Bits bits) { return reinterpret_cast<Vec>(bits); }
+BERT_FAST_INLINE Bits load_bits(const void* p) { return reinterpret_cast<Bits>(_mm512_loadu_si512(p)); }
+BERT_FAST_INLINE Bits set1_bits(const void* p) {
+  int32_t lane;
+  std::memcpy(&lane, p, sizeof lane);
+  return reinterpret_cast<Bits>(_mm512_set1_epi32(lane));
+}
+BERT_FAST_INLINE Vec dot2(Vec total, Bits a, Bits b) {
+#if BERT_FAST_BF16
+  return _mm512_dpbf16_ps(total, (__m512bh)a, (__m512bh)b);
+#else
+  constexpr int high = static_cast<int>(0xffff0000u);
+  total = fma(from_bits(a & high), from_bits(b & high), total);
+  return fma(from_bits(a << 16), from_bits(b << 16), total);
+#endif
+}
+BERT_FAST_INLINE Ints dot4(Ints total, Bits a, Bits b) {
+  const __m512i left = reinterpret_cast<__m512i>(a), right = reinterpret_cast<__m512i>(b);
+#if BERT_FAST_VNNI
+  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(total), left, right));
+#else  // by way of 16-bit products: vpmaddubsw would saturate
+  const __m512i a_even = _mm512_and_si512(left, _mm512_set1_epi16(0xff)), a_odd = _mm512_srli_epi16(left, 8);
+  const __m512i b_even = _mm512_srai_epi16(_mm512_slli_epi16(right, 8), 8), b_odd = _mm512_srai_epi16(right, 8);
+  const __m512i sums = _mm512_add_epi32(_mm512_madd_epi16(a_even, b_even), _mm512_madd_epi16(a_odd, b_odd));
+  return total + reinterpret_cast<Ints>(sums);
+#endif
+}
+BERT_FAST_INLINE Vec to_float(Ints v) { return _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(v)); }
+BERT_FAST_INLINE Bits pack_pairs(Vec low, Vec high) {
+#if BERT_FAST_BF16
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i order = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));
+  return reinterpret_cast<Bits>(_mm512_permutexvar_epi16(order, halves));
+#else
+  const __m512i a = _mm512_cvtepu16_epi32(narrow(low)), b = _mm512_cvtepu16_epi32(narrow(high));
+  return reinterpret_cast<Bits>(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+#endif
+}
+BERT_FAST_INLINE void store_bytes(uint8_t* p, Vec v, int64_t count) {
+  _mm512_mask_cvtusepi32_storeu_epi8(p, lane_mask(count), _mm512_cvtps_epi32(v));
+}
 
 BERT_FAST_INLINE void transpose(Vec (&m)[LANES]) {
   Vec pairs[LANES];  // 2 x 2 blocks, then 4 x 4 blocks, then quarters, then halves

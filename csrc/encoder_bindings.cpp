@@ -1,0 +1,192 @@
+// The class bert_fast._C.Encoder: an encoder over weights that are packed when it is made.
+#include "bindings.h"
+#include "encoder.h"
+
+namespace py = pybind11;
+
+namespace bert_fast {
+namespace {
+
+constexpr const char* OP = "Encoder";
+
+// Tokens below which another thread is not worth waking.
+constexpr int64_t MIN_TOKENS_PER_THREAD = 4;
+
+template <size_t N>
+int64_t index_of(const char* name, const std::string& value, const std::array<const char*, N>& names) {
+  std::string list;
+  for (size_t i = 0; i < N; ++i) {
+    if (value == names[i]) return static_cast<int64_t>(i);
+    list += (i > 0 ? ", " : "") + std::string(names[i]);
+  }
+  TORCH_CHECK_VALUE(false, OP, ": ", name, " is '", value, "', expected one of ", list);
+}
+
+// Contiguous float32, whatever floating-point type it was.
+Tensor as_float(const Tensor& tensor) { return contiguous(tensor).to(at::kFloat); }
+
+// A linear module: weight (out_features, in_features) and bias.
+struct LinearTensors {
+  Tensor weight, bias;
+};
+
+LinearTensors checked_linear(const std::string& name, const Tensor& weight, const Tensor& bias, int64_t out_features,
+                             int64_t in_features) {
+  for (const Tensor& tensor : {weight, bias}) check_kind(OP, name.c_str(), tensor, name.c_str(), weight);
+  check_shape(OP, (name + ".weight").c_str(), weight, {out_features, in_features});
+  check_shape(OP, (name + ".bias").c_str(), bias, {out_features});
+  return {as_float(weight), as_float(bias)};
+}
+
+// Output features that one task packs.
+constexpr int64_t PACK_ROWS = 64;
+
+void pack(PackedWeight& packed, const LinearTensors& linear, int64_t column) {
+  const float *weight = data<float>(linear.weight), *bias = data<float>(linear.bias);
+  torch::stable::parallel_for(0, linear.weight.size(0), PACK_ROWS, [&](int64_t begin, int64_t end) {
+    packed.pack(weight, bias, begin, end, column + begin);
+  });
+}
+
+std::vector<float> checked_norm(const std::string& name, const Tensor& weight, const Tensor& bias, int64_t size) {
+  std::vector<float> norm;
+  for (const Tensor& tensor : {weight, bias}) {
+    check_kind(OP, name.c_str(), tensor, name.c_str(), weight);
+    check_shape(OP, name.c_str(), tensor, {size});
+    const Tensor dense = as_float(tensor);
+    norm.insert(norm.end(), data<float>(dense), data<float>(dense) + size);
+  }
+  return norm;
+}
+
+struct PyEncoder {
+  EncoderConfig config;
+  Tensor word, position, token_type;  // kept alive
+  std::unique_ptr<Encoder> encoder;
+  int64_t num_layers;
+};
+
+// Tensors of a layer, in the order of `encoder.LAYER_PARAMETERS` in Python.
+EncoderLayer pack_layer(const EncoderConfig& config, const std::vector<Tensor>& tensors, size_t layer) {
+  TORCH_CHECK_VALUE(tensors.size() == 16, OP, ": layer ", layer, " has ", tensors.size(), " tensors, expected 16");
+  const int64_t h = config.hidden_size, f = config.intermediate_size;
+  const int64_t width = round_up_to_panel(h);
+  const std::string prefix = "layer " + std::to_string(layer) + " ";
+  const auto linear = [&](const char* name, size_t index, int64_t out_features, int64_t in_features) {
+    return checked_linear(prefix + name, tensors[index], tensors[index + 1], out_features, in_features);
+  };
+  EncoderLayer result{PackedWeight(config.precision, 3 * width, h),
+                      PackedWeight(config.precision, h, h),
+                      PackedWeight(config.precision, f, h),
+                      PackedWeight(config.precision, h, f),
+                      checked_norm(prefix + "attention.output.LayerNorm", tensors[8], tensors[9], h),
+                      checked_norm(prefix + "output.LayerNorm", tensors[14], tensors[15], h)};
+  pack(result.qkv, linear("query", 0, h, h), 0);
+  pack(result.qkv, linear("key", 2, h, h), width);
+  pack(result.qkv, linear("value", 4, h, h), 2 * width);
+  pack(result.attention_output, linear("attention.output.dense", 6, h, h), 0);
+  pack(result.intermediate, linear("intermediate.dense", 10, f, h), 0);
+  pack(result.output, linear("output.dense", 12, h, f), 0);
+  return result;
+}
+
+std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std::string& activation,
+                                        int64_t num_heads, double eps, const Tensor& word, const Tensor& position,
+                                        const Tensor& token_type, const Tensor& norm_weight, const Tensor& norm_bias,
+                                        const std::vector<std::vector<Tensor>>& layers) {
+  auto result = std::make_unique<PyEncoder>();
+  EncoderConfig& config = result->config;
+  constexpr std::array<const char*, 3> precisions{"fp32", "bf16", "int8"};
+  constexpr std::array<const char*, 4> activations{"none", "gelu_erf", "gelu_tanh", "relu"};
+  config.precision = static_cast<Precision>(index_of("precision", precision, precisions));
+  config.activation = static_cast<Activation>(index_of("activation", activation, activations));
+  for (const auto& [name, table] : {std::pair<const char*, const Tensor&>{"word_embeddings", word},
+                                    {"position_embeddings", position},
+                                    {"token_type_embeddings", token_type}}) {
+    check_kind(OP, name, table, "word_embeddings", word);
+    TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == word.size(1), OP, ": ", name, " has shape ",
+                      shape_text(table.sizes()), ", expected (rows, hidden_size)");
+  }
+  config.hidden_size = word.size(1);
+  config.num_heads = num_heads;
+  config.eps = static_cast<float>(eps);
+  TORCH_CHECK_VALUE(num_heads > 0 && config.hidden_size % num_heads == 0, OP, ": num_heads is ", num_heads,
+                    ", which does not divide hidden_size ", config.hidden_size);
+  config.intermediate_size = layers.empty() || layers[0].size() < 11 ? 1 : layers[0][10].size(0);
+  result->word = contiguous(word);
+  result->position = contiguous(position);
+  result->token_type = contiguous(token_type);
+  result->num_layers = static_cast<int64_t>(layers.size());
+  std::vector<EncoderLayer> packed;
+  for (size_t i = 0; i < layers.size(); ++i) packed.push_back(pack_layer(config, layers[i], i));
+  const EmbeddingTables tables{result->word.const_data_ptr(), result->position.const_data_ptr(),
+                               result->token_type.const_data_ptr(), word.scalar_type() == at::kBFloat16};
+  result->encoder =
+      std::make_unique<Encoder>(config, std::move(packed), tables,
+                                checked_norm("embeddings.LayerNorm", norm_weight, norm_bias, config.hidden_size));
+  return result;
+}
+
+struct ForwardResult {
+  std::optional<Tensor> rows, pooled;
+  std::vector<Tensor> states;
+};
+
+ForwardResult forward(const PyEncoder& self, const Tensor& input_ids, const Tensor& position_ids,
+                      const Tensor& token_type_ids, const Tensor& cu_seqlens, bool want_rows, bool want_states,
+                      const std::vector<std::string>& modes, bool normalize) {
+  TORCH_CHECK_VALUE(input_ids.dim() == 1, OP, ": input_ids has shape ", shape_text(input_ids.sizes()),
+                    ", expected (num_tokens,)");
+  const at::IntArrayRef shape = input_ids.sizes();
+  const Tensor words = checked_ids(OP, "input_ids", input_ids, shape, self.word.size(0));
+  const Tensor positions = checked_ids(OP, "position_ids", position_ids, shape, self.position.size(0));
+  const Tensor types = checked_ids(OP, "token_type_ids", token_type_ids, shape, self.token_type.size(0));
+  const EncoderBatch batch{data<int64_t>(words), data<int64_t>(positions), data<int64_t>(types),
+                           checked_offsets(OP, cu_seqlens, words.size(0))};
+  chosen_kernels();  // an error of the environment, before anything is computed
+  const int64_t batch_size = cu_seqlens.size(0) - 1, num_tokens = words.size(0), size = self.config.hidden_size;
+  ForwardResult result;
+  EncoderOutput output;
+  output.is_bfloat16 = self.word.scalar_type() == at::kBFloat16;
+  if (want_rows) {
+    result.rows = at::empty({num_tokens, size}, self.word.options());
+    output.rows = result.rows->mutable_data_ptr();
+  }
+  for (int64_t i = 0; want_states && i <= self.num_layers; ++i) {
+    result.states.push_back(at::empty({num_tokens, size}, self.word.options()));
+    output.states.push_back(result.states.back().mutable_data_ptr());
+  }
+  if (!modes.empty()) {
+    for (const std::string& mode : modes) output.modes.push_back(pooling_mode(mode));
+    result.pooled = at::empty({batch_size, static_cast<int64_t>(modes.size()) * size}, self.word.options().dtype(at::kFloat));
+    output.pooled = mutable_data<float>(*result.pooled);
+    output.normalize = normalize;
+  }
+  // A thread is not worth waking for little work.
+  const int64_t threads = std::clamp<int64_t>(num_tokens / MIN_TOKENS_PER_THREAD, 1, at::get_num_threads());
+  self.encoder->forward(batch, output, threads, [](int64_t workers, const std::function<void()>& f) {
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { f(); });
+  });
+  return result;
+}
+
+}  // namespace
+
+void bind_encoder(py::module_& module) {
+  using torch::wrap_pybind_function_no_gil;
+  py::class_<ForwardResult>(module, "ForwardResult")
+      .def_readonly("rows", &ForwardResult::rows)
+      .def_readonly("pooled", &ForwardResult::pooled)
+      .def_readonly("states", &ForwardResult::states);
+  py::class_<PyEncoder>(module, "Encoder")
+      .def(py::init(wrap_pybind_function_no_gil(make_encoder)), py::arg("precision"), py::arg("activation"),
+           py::arg("num_heads"), py::arg("eps"), py::arg("word_embeddings"), py::arg("position_embeddings"),
+           py::arg("token_type_embeddings"), py::arg("norm_weight"), py::arg("norm_bias"), py::arg("layers"))
+      .def("forward", wrap_pybind_function_no_gil(forward), py::arg("input_ids"), py::arg("position_ids"),
+           py::arg("token_type_ids"), py::arg("cu_seqlens"), py::arg("want_rows") = true,
+           py::arg("want_states") = false, py::arg("modes") = std::vector<std::string>{},
+           py::arg("normalize") = false)
+      .def("packed_bytes", [](const PyEncoder& self) { return self.encoder->bytes(); });
+}
+
+}  // namespace bert_fast

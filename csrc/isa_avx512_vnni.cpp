@@ -1,0 +1,20 @@
+// The kernels for AVX-512 with VNNI.
+#include "dispatch.h"
+#include "target.h"
+
+#if BERT_FAST_X86
+BERT_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512vnni")
+
+#define BERT_FAST_ISA avx512_vnni
+#define BERT_FAST_VNNI 1
+#define BERT_FAST_BF16 0
+#include "vec/avx512.h"
+
+#include "kernels/all.h"
+
+BERT_FAST_TARGET_END
+
+namespace bert_fast {
+const KernelTable avx512_vnni_kernels{"avx512_vnni", BERT_FAST_ALL_KERNELS};
+}
+#endif

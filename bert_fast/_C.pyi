@@ -6,6 +6,7 @@ GIL. Import torch first.
 """
 
 from torch import Tensor
+from torch.nn import Module
 
 def bias_gelu(x: Tensor, bias: Tensor, approximate: str, out: Tensor | None = None) -> Tensor: ...
 def residual_layer_norm(
@@ -54,3 +55,53 @@ def get_isa() -> str:
 
 def build_info() -> str:
     """Compiler and torch that this module was built with."""
+
+class ForwardResult:
+    """What a forward gives; what was not asked for is None or empty."""
+
+    rows: Tensor
+    pooled: Tensor
+    states: list[Tensor]
+
+class Encoder:
+    """An encoder over weights that are packed when it is made; see `bert_fast.engine`."""
+
+    def __init__(
+        self,
+        precision: str,
+        activation: str,
+        num_heads: int,
+        out_bfloat16: bool,
+        word_embeddings: Tensor,
+        position_embeddings: Tensor,
+        token_type_embeddings: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        norm_eps: float,
+        layers: list[list[Tensor]],
+        layer_norm_eps: list[tuple[float, float]],
+    ) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor,
+        cu_seqlens: Tensor,
+        want_rows: bool = True,
+        want_states: bool = False,
+        modes: list[str] = [],
+        normalize: bool = False,
+    ) -> ForwardResult: ...
+    def forward_padded(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        want_states: bool = False,
+        modes: list[str] = [],
+    ) -> ForwardResult: ...
+    def packed_bytes(self) -> int: ...
+
+def fingerprint(module: Module) -> tuple[int, int]:
+    """(structure, parameters) of a tree of torch modules: whether it has changed."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bert_fast import ops
+from bert_fast import engine, ops
 from bert_fast.activation import ACTIVATIONS
 from bert_fast.checks import is_recorded
 from bert_fast.encoder import encode, first_tokens
@@ -41,8 +42,11 @@ _IGNORED = frozenset({"use_cache", "num_items_in_batch", "cu_seq_lens_k", "max_l
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 
-def accelerate(model: nn.Module) -> nn.Module:
+def accelerate(model: nn.Module, *, precision: str | None = None, free_originals: bool = False) -> nn.Module:
     """Run a model's BERT on the fused ops, in place.
+
+    On a CPU the first call without gradients packs the weights of the encoder, a copy in the size of the precision, and
+    runs on it from then on; it is packed again when the parameters change.
 
     The model keeps its class, signature, outputs, `state_dict` and the very same parameters. Two things differ from
     the plain path: positions that `attention_mask` hides come back as zeros, and the pooler reads the first token that
@@ -52,20 +56,40 @@ def accelerate(model: nn.Module) -> nn.Module:
     Args:
         model: a transformers `BertModel` or `BertFor*`, or a sentence-transformers `SentenceTransformer` or
             `CrossEncoder` that holds one.
+        precision: of the encoder's products on a CPU: "fp32", exact to rounding; "bf16"; or "int8", which needs no
+            calibration. The results keep the dtype of the parameters. A precision is for inference: without dropout the
+            encoder then gives no gradients. None for that of the parameters, with gradients wherever they are wanted.
+        free_originals: with a precision, release the weights that were packed: memory falls to the size of the
+            precision. The model can then neither be saved nor trained, nor run anything but the packed weights.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: the model is not one of these; the message lists them.
-        ValueError: the model is one of these but is set up as something else than an encoder.
+        ValueError: the model is one of these but is set up as something else than an encoder; the precision is unknown,
+            or the model cannot run in it as it is (on a GPU, another dtype or activation, a replaced module).
     """
+    engine.check_precision(precision)
+    if free_originals and precision is None:
+        raise ValueError("free_originals is True without a precision: the packed weights would be all there is of them")
     berts = _berts(model)
     for bert in berts:
         _check_config(bert.config)
     for bert in berts:
         bert.__class__ = _fast_class()
+        engine.set_precision(bert, precision, partial(_engine, bert))
+    if free_originals:
+        for bert in berts:
+            engine.release(bert, keep=_parameters_outside(model, bert))
     return model
+
+
+def _parameters_outside(model: nn.Module, bert: Any) -> frozenset[int]:
+    """Ids of the parameters that modules of the model outside the BERT's embeddings and encoder have."""
+    inside = {id(module) for module in (*bert.embeddings.modules(), *bert.encoder.modules())}
+    outside = (module for module in model.modules() if id(module) not in inside)
+    return frozenset(id(parameter) for module in outside for parameter in module.parameters(recurse=False))
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -73,8 +97,12 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `accelerate` does not know the model.
+        ValueError: its weights were released.
     """
-    for bert in _berts(model):
+    berts = _berts(model)
+    for bert in berts:
+        engine.forget(bert)
+    for bert in berts:
         bert.__class__ = _fast_class().__base__
     return model
 
@@ -129,6 +157,7 @@ def _fast_class() -> type[Any]:
             output = _forward(self, *args, **kwargs)
             if output is not None:
                 return output
+            engine.check_not_released(self, "the call is not one that packed weights serve")
             attention = self.config._attn_implementation
             if kwargs.get("cu_seq_lens_q") is not None and "flash" not in attention:
                 raise ValueError(
@@ -181,22 +210,66 @@ def _forward(
     """The output of a call that the ops serve, or None for one that the plain path must run."""
     config = bert.config
     unserved = (inputs_embeds, encoder_hidden_states, encoder_attention_mask, past_key_values)
-    asked = {"output_attentions": config.output_attentions, "output_hidden_states": config.output_hidden_states}
-    asked.update((name, value) for name, value in kwargs.items() if name not in _IGNORED)
-    if input_ids is None or any(value is not None for value in unserved) or any(_is_asked(v) for v in asked.values()):
+    states_asked = kwargs.pop("output_hidden_states", None)
+    wants_states = _is_asked(config.output_hidden_states if states_asked is None else states_asked)
+    asked = [config.output_attentions, *(value for name, value in kwargs.items() if name not in _IGNORED)]
+    if input_ids is None or any(value is not None for value in unserved) or any(map(_is_asked, asked)):
         return None
     if is_recorded() or (attention_mask is not None and attention_mask.dim() > 2):
         return None
+    packed = _engine(bert)
+    if packed is None and wants_states:
+        return None
     inputs = BertInputs(input_ids, attention_mask, token_type_ids, position_ids, cu_seq_lens_q=cu_seq_lens_q)
+    result = _run_packed(bert, packed, inputs, wants_states) if packed else _run_ops(bert, inputs)
+    if result is None:
+        return None
+    rows, first, states = result
+    output = _output_class()(
+        last_hidden_state=rows,
+        pooler_output=None if bert.pooler is None else bert.pooler(first[:, None]),
+        hidden_states=tuple(states) if wants_states else None,
+    )
+    return_dict = config.return_dict if return_dict is None else return_dict
+    return output if return_dict else output.to_tuple()
+
+
+def _run_packed(
+    bert: Any, packed: engine.Engine, inputs: BertInputs, wants_states: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The last hidden state, the first tokens, and the hidden states if wanted, from packed weights."""
+    if inputs.cu_seq_lens_q is None:
+        assert inputs.input_ids is not None, "the caller has looked"
+        ids = (inputs.input_ids, inputs.attention_mask, inputs.token_type_ids, inputs.position_ids)
+        try:
+            return packed.padded(*ids, want_states=wants_states)
+        except ValueError:
+            inputs.checked(TableSizes.of(bert.embeddings))  # raises the same in the words of the plain path
+            raise
+    ragged, padding = inputs.checked(TableSizes.of(bert.embeddings)).to_ragged()
+    states: list[Tensor] = []
+    rows = packed.rows(ragged, states if wants_states else None)
+    return padding.pad(rows), first_tokens(rows, ragged), [padding.pad(state) for state in states]
+
+
+def _run_ops(bert: Any, inputs: BertInputs) -> tuple[Tensor, Tensor, list[Tensor]] | None:
+    """The same, without hidden states, from the ops one by one; None if they may not stand in for the modules."""
     batch = _ragged_batch(bert, inputs)
     if batch is None:
         return None
     ragged, padding = batch
-    rows = encode(bert, ragged, config.hidden_act, config.num_attention_heads)
-    pooled = None if bert.pooler is None else bert.pooler(first_tokens(rows, ragged)[:, None])
-    output = _output_class()(last_hidden_state=padding.pad(rows), pooler_output=pooled)
-    return_dict = config.return_dict if return_dict is None else return_dict
-    return output if return_dict else output.to_tuple()
+    rows = encode(bert, ragged, bert.config.hidden_act, bert.config.num_attention_heads)
+    return padding.pad(rows), first_tokens(rows, ragged), []
+
+
+@torch.compiler.disable
+def _engine(bert: Any) -> engine.Engine | None:
+    # A wrapper that stands in a layer's place may not have the attribute.
+    if bert.training and any(getattr(layer, "gradient_checkpointing", False) for layer in bert.encoder.layer):
+        return None
+    if bert.config._attn_implementation not in _ATTENTIONS:
+        return None
+    return engine.serving(bert, bert.config.hidden_act, bert.config.num_attention_heads, lambda: _obstacle(bert))
 
 
 @torch.compiler.disable

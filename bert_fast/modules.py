@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from bert_fast import heads, ops, reference
+from bert_fast import engine, heads, ops, reference
 from bert_fast.checks import is_recorded
 from bert_fast.encoder import encode, first_tokens
 from bert_fast.inputs import BertInputs
@@ -85,19 +85,30 @@ class BertModel(Pretrained, reference.BertModel):
 
     def encode(self, ragged: Ragged, hidden_states: list[Tensor] | None = None) -> Tensor:
         """The last layer's rows, (num_tokens, hidden_size), of a batch that has no padding; see `encoder.encode`."""
+        return self._encode(self.engine(), ragged, hidden_states)
+
+    def _encode(self, packed: engine.Engine | None, ragged: Ragged, hidden_states: list[Tensor] | None) -> Tensor:
+        if packed is not None:
+            return packed.rows(ragged, hidden_states)
         return encode(self, ragged, self.config.hidden_act, self.config.num_attention_heads, hidden_states)
+
+    def engine(self) -> engine.Engine | None:
+        """The C++ encoder over packed weights that runs the model as it is now, or None; see `engine.serving`."""
+        return engine.serving(self, self.config.hidden_act, self.config.num_attention_heads, self._obstacle)
 
     def encode_batch(self, inputs: BertInputs) -> Encoded:
         """The hidden rows of a batch, one per token there is."""
         if inputs.output_attentions or inputs.inputs_embeds is not None or is_recorded():
+            engine.check_not_released(self, "the call is not one that packed weights serve")
             return super().encode_batch(inputs)
-        if reason := self._obstacle():
+        packed = self.engine()
+        if packed is None and (reason := self._obstacle()):
             ops.warn_of_fallback(f"the plain definition runs instead of the fast one: {reason}")
             return super().encode_batch(inputs)
         batch = inputs.checked(self.config)
         ragged, padding = batch.to_ragged()
         hidden_states: list[Tensor] | None = [] if inputs.output_hidden_states else None
-        rows = self.encode(ragged, hidden_states)
+        rows = self._encode(packed, ragged, hidden_states)
         return Encoded(
             rows=rows,
             pad=padding.pad,

@@ -179,8 +179,8 @@ def _fast_states(embedder: Embedder, tokens: TokenBatch) -> list[Tensor]:
     """Rows of the embeddings and of every layer, (num_tokens, hidden_size), then the pooled vectors."""
     states: list[Tensor] = []
     ragged = tokens.to_ragged(embedder.device)
-    rows = embedder.model.encode(ragged, hidden_states=states)
-    return [*states, _pooled(embedder, rows, ragged.cu_seqlens, impl=None)]
+    embedder.model.encode(ragged, hidden_states=states)
+    return [*states, embedder.embed(tokens)]
 
 
 @torch.inference_mode()
@@ -193,11 +193,13 @@ def _plain_states(embedder: Embedder, model: Any, tokens: TokenBatch) -> list[Te
     input_ids[mask], token_type_ids[mask] = ragged.input_ids, ragged.token_type_ids
     output = model(input_ids, mask, token_type_ids, output_hidden_states=True)
     states = [state[mask] for state in output.hidden_states]
-    return [*states, _pooled(embedder, states[-1], ragged.cu_seqlens, impl="reference")]
+    return [*states, _pooled(embedder, states[-1], ragged.cu_seqlens)]
 
 
-def _pooled(embedder: Embedder, rows: Tensor, cu_seqlens: Tensor, impl: str | None) -> Tensor:
+def _pooled(embedder: Embedder, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(batch_size, dimension): the sentence vectors as the folder's recipe makes them."""
     recipe = embedder.recipe
-    vectors = torch.cat([ops.pooling(rows, cu_seqlens, mode=mode, impl=impl) for mode in recipe.pooling_modes], dim=1)
+    vectors = torch.cat(
+        [ops.pooling(rows, cu_seqlens, mode=mode, impl="reference") for mode in recipe.pooling_modes], dim=1
+    )
     return F.normalize(vectors, dim=1) if recipe.normalize else vectors

@@ -241,6 +241,7 @@ PYBIND11_MODULE(_C, module) {
              arg("max_seqlen"), arg("attention_mask"), arg("scale"), arg("dropout_p"), out);
   module.def("pooling", wrap_pybind_function_no_gil(pooling));
   bind_encoder(module);
+  bind_fingerprint(module);
   module.def("available_isas", available_isas, "Instruction sets that this machine has, best last.");
   module.def("set_isa", set_isa, "Run on this instruction set; ValueError when the machine does not have it.");
   module.def("get_isa", [] { return std::string(kernels().name); }, "The instruction set in use.");

@@ -169,4 +169,7 @@ inline PoolingMode pooling_mode(const std::string& name) {
 // Adds the class Encoder to the module.
 void bind_encoder(pybind11::module_& module);
 
+// Adds the function fingerprint.
+void bind_fingerprint(pybind11::module_& module);
+
 }  // namespace bert_fast

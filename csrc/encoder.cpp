@@ -305,7 +305,7 @@ class Encoder::Forward {
     normalize(encoder_.embedding_norm_, space, {row, row + count});
   }
 
-  void normalize(const std::vector<float>& norm, const Workspace& space, Range rows) const {
+  void normalize(const Norm& norm, const Workspace& space, Range rows) const {
     const bool int8 = config_.precision == Precision::int8, fp32 = config_.precision == Precision::fp32;
     const Prepared prepared{space.hidden.row(0),
                             space.hidden.stride(),
@@ -313,7 +313,8 @@ class Encoder::Forward {
                             space.input.stride(),
                             int8 ? space.scales.get() : nullptr,
                             int8 ? space.minimum(0) : nullptr};
-    const LayerNorm<float> layer_norm{norm.data(), norm.data() + config_.hidden_size, config_.hidden_size, config_.eps};
+    const LayerNorm<float> layer_norm{norm.values.data(), norm.values.data() + config_.hidden_size,
+                                      config_.hidden_size, norm.eps};
     kernels_.normalize({space.product.row(0), space.product.stride(), layer_norm, prepared}, rows.begin, rows.end);
   }
 
@@ -435,10 +436,11 @@ class Encoder::Forward {
     const int64_t size = config_.hidden_size;
     for (int64_t i = 0; i < count; ++i) {
       const float* from = space.hidden.row(row + i);
+      const int64_t place = output_.places == nullptr ? token + i : output_.places[token + i];
       if (output_.is_bfloat16) {
-        round_row(from, size, static_cast<bfloat16*>(to) + (token + i) * size);
+        round_row(from, size, static_cast<bfloat16*>(to) + place * size);
       } else {
-        std::memcpy(static_cast<float*>(to) + (token + i) * size, from, static_cast<size_t>(size) * sizeof(float));
+        std::memcpy(static_cast<float*>(to) + place * size, from, static_cast<size_t>(size) * sizeof(float));
       }
     }
   }
@@ -479,7 +481,7 @@ class Encoder::Forward {
 };
 
 Encoder::Encoder(const EncoderConfig& config, std::vector<EncoderLayer> layers, const EmbeddingTables& tables,
-                 std::vector<float> embedding_norm)
+                 Norm embedding_norm)
     : config_(config),
       layers_(std::move(layers)),
       tables_(tables),

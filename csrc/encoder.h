@@ -24,12 +24,17 @@ struct EncoderConfig {
   Precision precision;
   Activation activation;
   int64_t hidden_size, intermediate_size, num_heads;
+};
+
+// A LayerNorm's weight, then its bias, (2, hidden_size), and what is added to the variance.
+struct Norm {
+  std::vector<float> values;
   float eps;
 };
 
 struct EncoderLayer {
   PackedWeight qkv, attention_output, intermediate, output;
-  std::vector<float> attention_norm, output_norm;  // (2, hidden_size): weight, then bias
+  Norm attention_norm, output_norm;
 };
 
 // Tables of float, or of bfloat16, not owned: (.., hidden_size) each, contiguous.
@@ -46,8 +51,9 @@ struct EncoderBatch {
 
 // What the caller wants, contiguous; null for what he does not. float, or bfloat16 where is_bfloat16.
 struct EncoderOutput {
-  void* rows = nullptr;             // (num_tokens, hidden_size)
-  std::vector<void*> states;        // none, or 1 + layers of (num_tokens, hidden_size)
+  void* rows = nullptr;             // (num_tokens, hidden_size), or more rows where there are places
+  std::vector<void*> states;        // none, or 1 + layers of the same
+  const int64_t* places = nullptr;  // (num_tokens): the row of `rows` that each token goes to; its own number if null
   float* pooled = nullptr;          // (batch_size, modes, hidden_size)
   std::vector<PoolingMode> modes;   // of `pooled`
   bool normalize = false;           // scale each row of `pooled` to length 1
@@ -62,7 +68,7 @@ class Workspace;
 class Encoder {
  public:
   Encoder(const EncoderConfig& config, std::vector<EncoderLayer> layers, const EmbeddingTables& tables,
-          std::vector<float> embedding_norm);
+          Norm embedding_norm);
   ~Encoder();
 
   // Safe to call from several threads. std::bad_alloc, before anything is computed, when there is no memory to work in.
@@ -77,7 +83,7 @@ class Encoder {
   EncoderConfig config_;
   std::vector<EncoderLayer> layers_;
   EmbeddingTables tables_;
-  std::vector<float> embedding_norm_;
+  Norm embedding_norm_;
   // Memory for the intermediate results of calls, kept for the next ones.
   mutable std::mutex mutex_;
   mutable std::vector<std::unique_ptr<Workspace>> workspaces_;

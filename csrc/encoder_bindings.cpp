@@ -2,6 +2,9 @@
 #include "bindings.h"
 #include "encoder.h"
 
+#include <array>
+#include <limits>
+
 namespace py = pybind11;
 
 namespace bert_fast {
@@ -48,13 +51,13 @@ void pack(PackedWeight& packed, const LinearTensors& linear, int64_t column) {
   });
 }
 
-std::vector<float> checked_norm(const std::string& name, const Tensor& weight, const Tensor& bias, int64_t size) {
-  std::vector<float> norm;
+Norm checked_norm(const std::string& name, const Tensor& weight, const Tensor& bias, double eps, int64_t size) {
+  Norm norm{{}, static_cast<float>(eps)};
   for (const Tensor& tensor : {weight, bias}) {
     check_kind(OP, name.c_str(), tensor, name.c_str(), weight);
     check_shape(OP, name.c_str(), tensor, {size});
     const Tensor dense = as_float(tensor);
-    norm.insert(norm.end(), data<float>(dense), data<float>(dense) + size);
+    norm.values.insert(norm.values.end(), data<float>(dense), data<float>(dense) + size);
   }
   return norm;
 }
@@ -64,10 +67,12 @@ struct PyEncoder {
   Tensor word, position, token_type;  // kept alive
   std::unique_ptr<Encoder> encoder;
   int64_t num_layers;
+  at::ScalarType out_type;
 };
 
 // Tensors of a layer, in the order of `encoder.LAYER_PARAMETERS` in Python.
-EncoderLayer pack_layer(const EncoderConfig& config, const std::vector<Tensor>& tensors, size_t layer) {
+EncoderLayer pack_layer(const EncoderConfig& config, const std::vector<Tensor>& tensors,
+                        const std::pair<double, double>& eps, size_t layer) {
   TORCH_CHECK_VALUE(tensors.size() == 16, OP, ": layer ", layer, " has ", tensors.size(), " tensors, expected 16");
   const int64_t h = config.hidden_size, f = config.intermediate_size;
   const int64_t width = round_up_to_panel(h);
@@ -79,8 +84,8 @@ EncoderLayer pack_layer(const EncoderConfig& config, const std::vector<Tensor>& 
                       PackedWeight(config.precision, h, h),
                       PackedWeight(config.precision, f, h),
                       PackedWeight(config.precision, h, f),
-                      checked_norm(prefix + "attention.output.LayerNorm", tensors[8], tensors[9], h),
-                      checked_norm(prefix + "output.LayerNorm", tensors[14], tensors[15], h)};
+                      checked_norm(prefix + "attention.output.LayerNorm", tensors[8], tensors[9], eps.first, h),
+                      checked_norm(prefix + "output.LayerNorm", tensors[14], tensors[15], eps.second, h)};
   pack(result.qkv, linear("query", 0, h, h), 0);
   pack(result.qkv, linear("key", 2, h, h), width);
   pack(result.qkv, linear("value", 4, h, h), 2 * width);
@@ -91,9 +96,10 @@ EncoderLayer pack_layer(const EncoderConfig& config, const std::vector<Tensor>& 
 }
 
 std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std::string& activation,
-                                        int64_t num_heads, double eps, const Tensor& word, const Tensor& position,
+                                        int64_t num_heads, bool out_bfloat16, const Tensor& word, const Tensor& position,
                                         const Tensor& token_type, const Tensor& norm_weight, const Tensor& norm_bias,
-                                        const std::vector<std::vector<Tensor>>& layers) {
+                                        double norm_eps, const std::vector<std::vector<Tensor>>& layers,
+                                        const std::vector<std::pair<double, double>>& layer_norm_eps) {
   auto result = std::make_unique<PyEncoder>();
   EncoderConfig& config = result->config;
   constexpr std::array<const char*, 3> precisions{"fp32", "bf16", "int8"};
@@ -107,31 +113,82 @@ std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std:
     TORCH_CHECK_VALUE(table.dim() == 2 && table.size(1) == word.size(1), OP, ": ", name, " has shape ",
                       shape_text(table.sizes()), ", expected (rows, hidden_size)");
   }
+  result->out_type = out_bfloat16 ? at::kBFloat16 : at::kFloat;
   config.hidden_size = word.size(1);
   config.num_heads = num_heads;
-  config.eps = static_cast<float>(eps);
   TORCH_CHECK_VALUE(num_heads > 0 && config.hidden_size % num_heads == 0, OP, ": num_heads is ", num_heads,
                     ", which does not divide hidden_size ", config.hidden_size);
+  TORCH_CHECK_VALUE(layer_norm_eps.size() == layers.size(), OP, ": layer_norm_eps has ", layer_norm_eps.size(),
+                    " pairs, expected ", layers.size());
   config.intermediate_size = layers.empty() || layers[0].size() < 11 ? 1 : layers[0][10].size(0);
   result->word = contiguous(word);
   result->position = contiguous(position);
   result->token_type = contiguous(token_type);
   result->num_layers = static_cast<int64_t>(layers.size());
   std::vector<EncoderLayer> packed;
-  for (size_t i = 0; i < layers.size(); ++i) packed.push_back(pack_layer(config, layers[i], i));
+  for (size_t i = 0; i < layers.size(); ++i) packed.push_back(pack_layer(config, layers[i], layer_norm_eps[i], i));
   const EmbeddingTables tables{result->word.const_data_ptr(), result->position.const_data_ptr(),
                                result->token_type.const_data_ptr(), word.scalar_type() == at::kBFloat16};
   result->encoder =
       std::make_unique<Encoder>(config, std::move(packed), tables,
-                                checked_norm("embeddings.LayerNorm", norm_weight, norm_bias, config.hidden_size));
+                                checked_norm("embeddings.LayerNorm", norm_weight, norm_bias, norm_eps, config.hidden_size));
   return result;
 }
 
+// What a forward gives; what was not asked for is empty.
 struct ForwardResult {
   std::optional<Tensor> rows, pooled;
   std::vector<Tensor> states;
 };
 
+// What a caller asks for.
+struct Wanted {
+  bool rows, states;
+  std::vector<PoolingMode> modes;
+  bool normalize;
+};
+
+// Runs a checked batch. `shape` is that of the rows before hidden_size; `places` says where they go, if not in order.
+ForwardResult run(const PyEncoder& self, const EncoderBatch& batch, const Wanted& wanted, std::vector<int64_t> shape,
+                  const std::vector<int64_t>* places) {
+  const int64_t batch_size = static_cast<int64_t>(batch.cu_seqlens.size()) - 1, num_tokens = batch.cu_seqlens.back();
+  const int64_t size = self.config.hidden_size;
+  const at::TensorOptions options = at::TensorOptions().dtype(self.out_type);
+  chosen_kernels();  // an error of the environment, before anything is computed
+  shape.push_back(size);
+  const auto fresh = [&] { return places == nullptr ? at::empty(shape, options) : at::zeros(shape, options); };
+  ForwardResult result;
+  EncoderOutput output;
+  output.is_bfloat16 = self.out_type == at::kBFloat16;
+  output.places = places == nullptr ? nullptr : places->data();
+  if (wanted.rows) {
+    result.rows = fresh();
+    output.rows = result.rows->mutable_data_ptr();
+  }
+  for (int64_t i = 0; wanted.states && i <= self.num_layers; ++i) {
+    result.states.push_back(fresh());
+    output.states.push_back(result.states.back().mutable_data_ptr());
+  }
+  if (!wanted.modes.empty()) {
+    output.modes = wanted.modes;
+    output.normalize = wanted.normalize;
+    result.pooled = at::empty({batch_size, static_cast<int64_t>(wanted.modes.size()) * size}, at::kFloat);
+    output.pooled = mutable_data<float>(*result.pooled);
+  }
+  const int64_t threads = std::clamp<int64_t>(num_tokens / MIN_TOKENS_PER_THREAD, 1, at::get_num_threads());
+  self.encoder->forward(batch, output, threads, [](int64_t workers, const std::function<void()>& f) {
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { f(); });
+  });
+  return result;
+}
+
+std::vector<PoolingMode> pooling_modes(const std::vector<std::string>& names) {
+  std::vector<PoolingMode> modes;
+  for (const std::string& name : names) modes.push_back(pooling_mode(name));
+  return modes;
+}
+
+// A batch without padding: (num_tokens,) ids, (batch_size + 1,) offsets.
 ForwardResult forward(const PyEncoder& self, const Tensor& input_ids, const Tensor& position_ids,
                       const Tensor& token_type_ids, const Tensor& cu_seqlens, bool want_rows, bool want_states,
                       const std::vector<std::string>& modes, bool normalize) {
@@ -143,31 +200,60 @@ ForwardResult forward(const PyEncoder& self, const Tensor& input_ids, const Tens
   const Tensor types = checked_ids(OP, "token_type_ids", token_type_ids, shape, self.token_type.size(0));
   const EncoderBatch batch{data<int64_t>(words), data<int64_t>(positions), data<int64_t>(types),
                            checked_offsets(OP, cu_seqlens, words.size(0))};
-  chosen_kernels();  // an error of the environment, before anything is computed
-  const int64_t batch_size = cu_seqlens.size(0) - 1, num_tokens = words.size(0), size = self.config.hidden_size;
-  ForwardResult result;
-  EncoderOutput output;
-  output.is_bfloat16 = self.word.scalar_type() == at::kBFloat16;
-  if (want_rows) {
-    result.rows = at::empty({num_tokens, size}, self.word.options());
-    output.rows = result.rows->mutable_data_ptr();
+  return run(self, batch, {want_rows, want_states, pooling_modes(modes), normalize}, {words.size(0)}, nullptr);
+}
+
+// The ids of a padded batch, or those given for every row of it, checked; null where there are none.
+Tensor checked_rows(const char* name, const std::optional<Tensor>& ids, at::IntArrayRef shape, int64_t size) {
+  if (!ids.has_value()) return {};
+  const bool is_one_row = ids->dim() == 1 || (ids->dim() == 2 && ids->size(0) == 1);
+  const Tensor full = is_one_row && ids->size(-1) == shape[1] ? ids->expand(shape) : *ids;
+  return checked_ids(OP, name, full, shape, size);
+}
+
+// A padded batch: (batch_size, seq_len) ids and mask; the rows come back padded with zeros. ValueError for whatever is
+// not a plain batch: the caller finds the words for it.
+ForwardResult forward_padded(const PyEncoder& self, const Tensor& input_ids, const std::optional<Tensor>& mask,
+                             const std::optional<Tensor>& token_type_ids, const std::optional<Tensor>& position_ids,
+                             bool want_states, const std::vector<std::string>& modes) {
+  TORCH_CHECK_VALUE(input_ids.dim() == 2, OP, ": input_ids has shape ", shape_text(input_ids.sizes()),
+                    ", expected (batch_size, seq_len)");
+  const at::IntArrayRef shape = input_ids.sizes();
+  const int64_t batch_size = shape[0], seq_len = shape[1], positions_there_are = self.position.size(0);
+  const Tensor words = checked_ids(OP, "input_ids", input_ids, shape, self.word.size(0));
+  const Tensor types = checked_rows("token_type_ids", token_type_ids, shape, self.token_type.size(0));
+  const Tensor positions = checked_rows("position_ids", position_ids, shape, positions_there_are);
+  TORCH_CHECK_VALUE(positions.defined() || seq_len <= positions_there_are, OP, ": seq_len is ", seq_len,
+                    ", expected at most ", positions_there_are);
+  Tensor keep;
+  if (mask.has_value()) {
+    check_cpu(OP, "attention_mask", *mask);
+    check_shape(OP, "attention_mask", *mask, shape);
+    keep = (mask->scalar_type() == at::kBool ? *mask : mask->ne(0)).contiguous();
   }
-  for (int64_t i = 0; want_states && i <= self.num_layers; ++i) {
-    result.states.push_back(at::empty({num_tokens, size}, self.word.options()));
-    output.states.push_back(result.states.back().mutable_data_ptr());
+  const bool* kept = keep.defined() ? keep.const_data_ptr<bool>() : nullptr;
+  const auto id = [](const Tensor& ids, int64_t i) { return ids.const_data_ptr<int64_t>()[i]; };
+
+  std::vector<int32_t> offsets{0};
+  std::vector<int64_t> places, word_ids, position_ids_kept, type_ids;
+  for (std::vector<int64_t>* ids : {&places, &word_ids, &position_ids_kept, &type_ids})
+    ids->reserve(static_cast<size_t>(batch_size * seq_len));
+  TORCH_CHECK_VALUE(batch_size * seq_len <= std::numeric_limits<int32_t>::max(), OP, ": input_ids has ",
+                    batch_size * seq_len, " elements, expected fewer than 2^31");
+  for (int64_t row = 0; row < batch_size; ++row) {
+    for (int64_t column = 0; column < seq_len; ++column) {
+      const int64_t i = row * seq_len + column;
+      if (kept != nullptr && !kept[i]) continue;
+      places.push_back(i);
+      word_ids.push_back(id(words, i));
+      position_ids_kept.push_back(positions.defined() ? id(positions, i) : column);
+      type_ids.push_back(types.defined() ? id(types, i) : 0);
+    }
+    offsets.push_back(static_cast<int32_t>(places.size()));
   }
-  if (!modes.empty()) {
-    for (const std::string& mode : modes) output.modes.push_back(pooling_mode(mode));
-    result.pooled = at::empty({batch_size, static_cast<int64_t>(modes.size()) * size}, self.word.options().dtype(at::kFloat));
-    output.pooled = mutable_data<float>(*result.pooled);
-    output.normalize = normalize;
-  }
-  // A thread is not worth waking for little work.
-  const int64_t threads = std::clamp<int64_t>(num_tokens / MIN_TOKENS_PER_THREAD, 1, at::get_num_threads());
-  self.encoder->forward(batch, output, threads, [](int64_t workers, const std::function<void()>& f) {
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { f(); });
-  });
-  return result;
+  const bool is_full = static_cast<int64_t>(places.size()) == batch_size * seq_len;
+  const EncoderBatch batch{word_ids.data(), position_ids_kept.data(), type_ids.data(), std::move(offsets)};
+  return run(self, batch, {true, want_states, pooling_modes(modes), false}, shape.vec(), is_full ? nullptr : &places);
 }
 
 }  // namespace
@@ -180,12 +266,16 @@ void bind_encoder(py::module_& module) {
       .def_readonly("states", &ForwardResult::states);
   py::class_<PyEncoder>(module, "Encoder")
       .def(py::init(wrap_pybind_function_no_gil(make_encoder)), py::arg("precision"), py::arg("activation"),
-           py::arg("num_heads"), py::arg("eps"), py::arg("word_embeddings"), py::arg("position_embeddings"),
-           py::arg("token_type_embeddings"), py::arg("norm_weight"), py::arg("norm_bias"), py::arg("layers"))
+           py::arg("num_heads"), py::arg("out_bfloat16"), py::arg("word_embeddings"), py::arg("position_embeddings"),
+           py::arg("token_type_embeddings"), py::arg("norm_weight"), py::arg("norm_bias"), py::arg("norm_eps"),
+           py::arg("layers"), py::arg("layer_norm_eps"))
       .def("forward", wrap_pybind_function_no_gil(forward), py::arg("input_ids"), py::arg("position_ids"),
            py::arg("token_type_ids"), py::arg("cu_seqlens"), py::arg("want_rows") = true,
            py::arg("want_states") = false, py::arg("modes") = std::vector<std::string>{},
            py::arg("normalize") = false)
+      .def("forward_padded", wrap_pybind_function_no_gil(forward_padded), py::arg("input_ids"),
+           py::arg("attention_mask"), py::arg("token_type_ids"), py::arg("position_ids"),
+           py::arg("want_states") = false, py::arg("modes") = std::vector<std::string>{})
       .def("packed_bytes", [](const PyEncoder& self) { return self.encoder->bytes(); });
 }
 

@@ -37,7 +37,8 @@ class RowBuffer {
 // Rows of the type that a precision needs.
 class TypedBuffer {
  public:
-  TypedBuffer(int64_t size, int64_t element_size) : element_size_(element_size), bytes_(size * element_size) {}
+  TypedBuffer(int64_t size, int64_t element_size)
+      : element_size_(element_size), bytes_(round_up_to_panel(size) * element_size) {}
 
   void reserve(int64_t rows) { bytes_.reserve(rows); }
   void* row(int64_t index) const { return bytes_.row(index); }

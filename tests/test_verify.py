@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from bert_fast import ops
+from bert_fast import engine
+from bert_fast.embedder import Embedder
 from bert_fast.verify import FACTOR, Stage, shipped_sentences, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::bert_fast.ops.FallbackWarning")
@@ -30,10 +31,9 @@ def test_the_demo_passes(dtype):
     assert text.endswith("Verdict: passed")
 
 
-def test_a_wrong_op_is_found_and_placed(monkeypatch):
+def test_a_wrong_layer_is_found_and_placed(monkeypatch):
     """The tanh form of GELU in place of the erf form: wrong by about 1e-4, from the first layer on."""
-    right = ops.bias_gelu
-    monkeypatch.setattr(ops, "bias_gelu", lambda x, bias, **_: right(x, bias, approximate="tanh"))
+    monkeypatch.setitem(engine.ACTIVATIONS, "gelu", "gelu_tanh")
     report = verify("demo", TEXTS)
     assert not report.passed
     assert [stage.name for stage in report.stages if not stage.passed] == STAGES[1:]
@@ -41,10 +41,8 @@ def test_a_wrong_op_is_found_and_placed(monkeypatch):
 
 
 def test_a_nan_fails(monkeypatch):
-    right = ops.pooling
-    monkeypatch.setattr(
-        ops, "pooling", lambda *args, impl=None, **options: right(*args, **options) * (1.0 if impl else math.nan)
-    )
+    right = Embedder.embed
+    monkeypatch.setattr(Embedder, "embed", lambda self, *args: right(self, *args) * math.nan)
     report = verify("demo", TEXTS)
     assert [stage.name for stage in report.stages if not stage.passed] == ["sentence vector"]
     assert math.isnan(report.stages[-1].fast.max_abs)

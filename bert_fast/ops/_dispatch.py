@@ -239,6 +239,20 @@ def force(name: str | None) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """The implementation that `force` or BERT_FAST_IMPL asks for."""
+    return _forced
+
+
+def extension() -> Any | None:
+    """The module of the C++ kernels, or None where it cannot be imported."""
+    try:
+        from bert_fast import _C
+    except ImportError:
+        return None
+    return _C
+
+
 class _Differentiable(torch.autograd.Function):
     """A fused forward with the gradient of the definition: the backward recomputes the reference."""
 

@@ -81,7 +81,7 @@ def plan_batches(lengths: NDArray[np.int64], token_budget: int) -> list[NDArray[
         return [np.arange(len(lengths))]
     order = np.argsort(-lengths, kind="stable")
     ends = lengths[order].cumsum()
-    cuts = np.searchsorted(ends, np.arange(1, num_batches) * (ends[-1] / num_batches))
+    cuts = np.searchsorted(ends, np.arange(1, num_batches) * (ends[-1] / num_batches)) + 1
     return [batch for batch in np.split(order, cuts) if len(batch)]
 
 

@@ -32,7 +32,7 @@ Precision = Annotated[
     str | None, typer.Option(help="What it computes in: fp32, bf16 or int8.", show_default="that of the weights")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="a GPU if there is one")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Bounds a run of the model to so many texts of full length.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Below 32: smaller runs of the model; above: larger on a GPU.")]
 TextField = Annotated[
     str | None,
     typer.Option(help="Key of the text in JSON lines, which a .jsonl file has.", show_default="text"),

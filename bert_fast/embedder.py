@@ -39,8 +39,16 @@ OLD_POOLING_KEYS = {
 #: What the model can compute in.
 PRECISIONS = ("fp32", "bf16", "int8")
 
-#: Tokens of a run on the CPU, about: more of them gain nothing, fill the caches, and delay an interrupt.
-CPU_TOKEN_BUDGET = 4096
+#: The `batch_size` at which a run of the model has as many tokens as suit the device.
+DEFAULT_BATCH_SIZE = 32
+
+#: Tokens of such a run on the CPU: at least so many, and more where threads would have too few to share them evenly.
+#: Beyond that they gain nothing, outgrow the caches and delay an interrupt.
+CPU_TOKENS = 4096
+CPU_TOKENS_PER_THREAD = 512
+
+#: And elsewhere.
+GPU_TOKENS = 16384
 
 #: Seconds of work after which a progress bar appears.
 PROGRESS_DELAY = 2.0
@@ -195,7 +203,7 @@ class Embedder:
         sentences: str | Iterable[str],
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_size: int = 32,
+        batch_size: int = DEFAULT_BATCH_SIZE,
         show_progress_bar: bool | None = None,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
@@ -213,8 +221,9 @@ class Embedder:
             sentences: one text, or any iterable of them, a generator too.
             prompt_name: of the folder's prompts, the one to put before every text.
             prompt: a text to put before every text, whatever `prompt_name` says.
-            batch_size: bounds a run of the model to the tokens of so many texts of the greatest length; on the CPU a
-                run has no more than about `CPU_TOKEN_BUDGET` anyway. The vectors do not depend on it.
+            batch_size: scales the tokens of a run of the model, whatever the number of texts. 32 stands for as many as
+                suit the device; fewer take less memory; more make larger runs on a GPU, and nothing on the CPU. The
+                vectors do not depend on it beyond rounding.
             show_progress_bar: None shows one on a terminal, for work of more than two seconds.
             convert_to_numpy: return an array; otherwise a list of tensors.
             convert_to_tensor: return one tensor, on the model's device.
@@ -266,7 +275,7 @@ class Embedder:
         sentences: Iterable[str],
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_size: int = 32,
+        batch_size: int = DEFAULT_BATCH_SIZE,
         *,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
@@ -288,8 +297,6 @@ class Embedder:
         Raises:
             ValueError: as `encode`.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         if truncate_dim is not None and not 0 < truncate_dim <= self.dimension:
             raise ValueError(f"truncate_dim is {truncate_dim}, expected from 1 to {self.dimension}")
         chunked = chunks(_iterable(sentences))
@@ -297,9 +304,7 @@ class Embedder:
         prompt_length = 0
         if before and not self.recipe.include_prompt:
             prompt_length = int(self.tokenizer([before]).lengths[0]) - 1  # without its [SEP]
-        token_budget = batch_size * self.max_seq_length
-        if self.device.type == "cpu":
-            token_budget = min(token_budget, CPU_TOKEN_BUDGET)
+        token_budget = self._token_budget(batch_size)
 
         def tokenize(chunk: list[str]) -> TokenBatch:
             return self.tokenizer([before + text for text in chunk] if before else chunk, self.max_seq_length)
@@ -332,6 +337,15 @@ class Embedder:
         pooled = [ops.pooling(rows, cu_seqlens, mode=mode).float() for mode in self.recipe.pooling_modes]
         vectors = torch.cat(pooled, dim=1)
         return F.normalize(vectors, dim=1) if self.recipe.normalize else vectors
+
+    def _token_budget(self, batch_size: int) -> int:
+        """Tokens of a run of the model, about; ValueError for a batch size below 1."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        if self.device.type != "cpu":
+            return GPU_TOKENS * batch_size // DEFAULT_BATCH_SIZE
+        tokens = max(CPU_TOKENS, CPU_TOKENS_PER_THREAD * torch.get_num_threads())
+        return tokens * min(batch_size, DEFAULT_BATCH_SIZE) // DEFAULT_BATCH_SIZE
 
     def prompt(self, prompt: str | None = None, prompt_name: str | None = None) -> str:
         """The text to put before every sentence; ValueError, with the names there are, for an unknown name."""

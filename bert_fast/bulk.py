@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bert_fast.embedder import Embedder, progress_bar
@@ -89,9 +88,12 @@ def embed_file(
     batch_size: int = 32,
     normalize: bool = False,
     dtype: str | None = None,
+    precision: str | None = None,
     device: str | None = None,
 ) -> Summary:
     """Write the vectors of the texts of `source` to `output`, a .npy file that appears whole or not at all.
+
+    Memory does not grow with the number of texts; `numpy.load(output, mmap_mode="r")` reads the vectors likewise.
 
     Raises:
         ValueError: there is no text, or the model or a line cannot be read.
@@ -110,21 +112,28 @@ def embed_file(
     if first is None:
         raise ValueError(f"{'stdin' if source == STDIN else source} is empty: there is nothing to embed")
     with _written_at_once(output) as file:  # from here on: a place that cannot be written is found before the work
-        embedder = Embedder(model, dtype=dtype, device=device)
+        embedder = Embedder(model, dtype=dtype, precision=precision, device=device)
         started = time.perf_counter()
-        vectors, num_tokens, num_truncated = [], 0, 0
+        num_texts, num_tokens, num_truncated = 0, 0, 0
+        _write_header(file, num_texts, embedder.dimension)
         with progress_bar(None) as progress:
-            for tokens, batch in embedder.encode_batches(_chain(first, texts), embedder.prompt(), batch_size):
-                batch = torch.nn.functional.normalize(batch, dim=1) if normalize else batch
-                vectors.append(batch.cpu().numpy())
+            for tokens, vectors in embedder.encode_stream(
+                _chain(first, texts), batch_size=batch_size, normalize_embeddings=normalize, progress=progress.update
+            ):
+                file.write(vectors.cpu().numpy())
+                num_texts += len(vectors)
                 num_tokens += len(tokens.input_ids)
                 num_truncated += tokens.num_truncated
-                progress.update(len(batch))
+        file.seek(0)
+        _write_header(file, num_texts, embedder.dimension)
         seconds = time.perf_counter() - started
-        array = np.concatenate(vectors)
-        np.save(file, array)
-    num_texts, dimension = array.shape
-    return Summary(output, num_texts, dimension, num_tokens, num_truncated, embedder.max_seq_length, seconds)
+    return Summary(output, num_texts, embedder.dimension, num_tokens, num_truncated, embedder.max_seq_length, seconds)
+
+
+def _write_header(file: IO[bytes], num_rows: int, width: int) -> None:
+    """That of a .npy file of float32; numpy leaves it room, so that one of more rows is as long."""
+    array = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": (num_rows, width)}
+    np.lib.format.write_array_header_1_0(file, array)
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:

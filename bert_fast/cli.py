@@ -28,8 +28,11 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or demo (all-MiniLM-L6-v2).")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="the checkpoint's own")]
+Precision = Annotated[
+    str | None, typer.Option(help="What it computes in: fp32, bf16 or int8.", show_default="that of the weights")
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="a GPU if there is one")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Texts per run of the model.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Below 32: smaller runs of the model; above: larger on a GPU.")]
 TextField = Annotated[
     str | None,
     typer.Option(help="Key of the text in JSON lines, which a .jsonl file has.", show_default="text"),
@@ -92,6 +95,7 @@ def embed(
         bool, typer.Option("--normalize/--no-normalize", help="Scale the vectors to length 1, if the model does not.")
     ] = False,
     dtype: Dtype = None,
+    precision: Precision = None,
     device: Device = None,
 ) -> None:
     """Write the vectors of the texts in a file: row i is line i."""
@@ -105,6 +109,7 @@ def embed(
         batch_size=batch_size,
         normalize=normalize,
         dtype=dtype,
+        precision=precision,
         device=device,
     )
     print(summary)
@@ -119,6 +124,7 @@ def search(
     text_field: TextField = None,
     batch_size: BatchSize = 32,
     dtype: Dtype = None,
+    precision: Precision = None,
     device: Device = None,
 ) -> None:
     """Print the lines of a file that are nearest in meaning to each query."""
@@ -128,7 +134,7 @@ def search(
     lines = [(number, text) for number, text in enumerate(read_texts(corpus, text_field), 1) if text.strip()]
     if not lines:
         raise ValueError(f"{corpus} holds no text to search")
-    embedder = Embedder(model, dtype=dtype, device=device)
+    embedder = Embedder(model, dtype=dtype, precision=precision, device=device)
     hits = nearest(embedder, [text for _, text in lines], query, top_k, batch_size)
     width = os.get_terminal_size().columns if sys.stdout.isatty() else None
     print(format_hits(query, hits, lines, width))
@@ -142,13 +148,15 @@ def verify(
         typer.Option("--input", "-i", help="Texts to run, one a line.", show_default="sentences of the package"),
     ] = None,
     dtype: Dtype = None,
+    precision: Precision = None,
     device: Device = None,
 ) -> None:
     """Compare every layer with the plain definition in float64; exit 1 if the fast error is out of bounds."""
     from bert_fast.bulk import read_texts
     from bert_fast.verify import verify
 
-    report = verify(model, None if input is None else list(read_texts(input)), dtype=dtype, device=device)
+    texts = None if input is None else list(read_texts(input))
+    report = verify(model, texts, dtype=dtype, precision=precision, device=device)
     print(report)
     if not report.passed:
         raise typer.Exit(1)

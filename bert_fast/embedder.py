@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bert_fast import ops
+from bert_fast.batching import RowBuffer, chunks, map_ahead, plan_batches
 from bert_fast.folders import read_json, resolve
 from bert_fast.loading import build, parse_device, read_config, read_state_dict
 from bert_fast.ops.pooling import MODES
@@ -35,6 +35,20 @@ OLD_POOLING_KEYS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+
+#: What the model can compute in.
+PRECISIONS = ("fp32", "bf16", "int8")
+
+#: The `batch_size` at which a run of the model has as many tokens as suit the device.
+DEFAULT_BATCH_SIZE = 32
+
+#: Tokens of such a run on the CPU: at least so many, and more where threads would have too few to share them evenly.
+#: Beyond that they gain nothing, outgrow the caches and delay an interrupt.
+CPU_TOKENS = 4096
+CPU_TOKENS_PER_THREAD = 512
+
+#: And elsewhere.
+GPU_TOKENS = 16384
 
 #: Seconds of work after which a progress bar appears.
 PROGRESS_DELAY = 2.0
@@ -137,6 +151,8 @@ class Embedder:
         path_or_id: a sentence-transformers folder or a plain BERT checkpoint; a Hub id; or `demo`.
         device: where the model runs; None for a GPU if there is one.
         dtype: of the model's weights; None keeps the checkpoint's own.
+        precision: "fp32", "bf16" or "int8", what the model computes in; None for that of the weights.
+        free_originals: keep the weights only in that precision.
         max_seq_length: the most tokens of a text; None for what the folder says. Longer texts lose their end.
         revision, local_files_only, allow_pickle: as in `from_pretrained`.
 
@@ -150,6 +166,8 @@ class Embedder:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
+        precision: str | None = None,
+        free_originals: bool = False,
         max_seq_length: int | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -157,6 +175,10 @@ class Embedder:
     ) -> None:
         from bert_fast.modules import BertModel
 
+        if precision is not None and precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+        self.precision = precision
+        self.free_originals = free_originals
         folder = resolve(path_or_id, revision=revision, local_files_only=local_files_only, allow_pickle=allow_pickle)
         self.recipe = Recipe.read(folder)
         self.device = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -181,7 +203,7 @@ class Embedder:
         sentences: str | Iterable[str],
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_size: int = 32,
+        batch_size: int = DEFAULT_BATCH_SIZE,
         show_progress_bar: bool | None = None,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
@@ -192,19 +214,22 @@ class Embedder:
     ) -> Any:
         """Vectors of sentences, with the arguments and results of `SentenceTransformer.encode`.
 
-        Texts longer than `max_seq_length` are cut; one `TruncationWarning` per call says how many.
+        Texts longer than `max_seq_length` are cut; one `TruncationWarning` per call says how many. Beside the result,
+        memory holds a bounded number of texts: a generator may yield millions.
 
         Args:
             sentences: one text, or any iterable of them, a generator too.
             prompt_name: of the folder's prompts, the one to put before every text.
             prompt: a text to put before every text, whatever `prompt_name` says.
-            batch_size: texts per run of the model.
+            batch_size: scales the tokens of a run of the model, whatever the number of texts. 32 stands for as many as
+                suit the device; fewer take less memory; more make larger runs on a GPU, and nothing on the CPU. The
+                vectors do not depend on it beyond rounding.
             show_progress_bar: None shows one on a terminal, for work of more than two seconds.
             convert_to_numpy: return an array; otherwise a list of tensors.
             convert_to_tensor: return one tensor, on the model's device.
             normalize_embeddings: scale the vectors to length 1.
             truncate_dim: keep only the first so many components, before that scaling.
-            precision: "float32".
+            precision: of the vectors returned: "float32".
 
         Returns:
             float32 (num_sentences, dimension); (dimension,) for one text. Without sentences, (0, dimension).
@@ -218,62 +243,88 @@ class Embedder:
             raise ValueError(f"encode does not take {', '.join(unknown)}; it takes {', '.join(valid)}")
         if precision != "float32":
             raise ValueError(f"precision is {precision!r}, expected 'float32'")
-        if truncate_dim is not None and not 0 < truncate_dim <= self.dimension:
-            raise ValueError(f"truncate_dim is {truncate_dim}, expected from 1 to {self.dimension}")
         is_one = isinstance(sentences, str)
-        texts = [sentences] if isinstance(sentences, str) else sentences
-        if not isinstance(texts, Iterable) or getattr(texts, "shape", None) == ():
-            raise ValueError(f"sentences is a {type(texts).__name__}, expected a str or an iterable of them")
-        vectors, num_texts, num_truncated = [], 0, 0
+        texts = _iterable([sentences] if isinstance(sentences, str) else sentences)
         total = len(texts) if isinstance(texts, Sized) else None
+        num_truncated = 0
         with progress_bar(total, show_progress_bar) as progress:
-            for tokens, batch in self.encode_batches(texts, self.prompt(prompt, prompt_name), batch_size):
-                batch = batch[:, :truncate_dim]
-                if normalize_embeddings:
-                    batch = F.normalize(batch, dim=1)
-                vectors.append(batch if convert_to_tensor or not convert_to_numpy else batch.cpu())
-                num_texts += len(tokens.lengths)
+            stream = self.encode_stream(
+                texts,
+                prompt_name,
+                prompt,
+                batch_size,
+                normalize_embeddings=normalize_embeddings,
+                truncate_dim=truncate_dim,
+                progress=progress.update,
+            )
+            rows = RowBuffer(total or 0, truncate_dim or self.dimension)
+            for tokens, vectors in stream:
+                rows.append(vectors.cpu().numpy())
                 num_truncated += tokens.num_truncated
-                progress.update(len(tokens.lengths))
         if num_truncated:
-            of = f"{num_truncated} of {num_texts} texts have more than {self.max_seq_length} tokens and were cut"
+            of = f"{num_truncated} of {len(rows)} texts have more than {self.max_seq_length} tokens and were cut"
             warnings.warn(of, TruncationWarning, stacklevel=2)
-        width = min(truncate_dim or self.dimension, self.dimension)
-        result = torch.cat(vectors) if vectors else torch.empty((0, width), device=self.device)
-        if is_one:
-            result = result[0]
-        if convert_to_tensor:
-            return result
-        if convert_to_numpy:
-            return result.cpu().numpy()
-        return result if is_one else list(result)
+        array = rows.array()[0] if is_one else rows.array()
+        if convert_to_numpy and not convert_to_tensor:
+            return array
+        result = torch.from_numpy(array).to(self.device)
+        return result if convert_to_tensor or is_one else list(result)
 
-    def encode_batches(
-        self, texts: Iterable[str], prompt: str = "", batch_size: int = 32
+    def encode_stream(
+        self,
+        sentences: Iterable[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        *,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> Iterator[tuple[TokenBatch, Tensor]]:
-        """The vectors batch by batch, beside the tokens they are made of; holds one batch at a time.
+        """The vectors of `encode`, in order and in pieces of up to some thousand texts, beside their tokens.
+
+        Texts are read in the caller's thread, up to two pieces ahead. Another thread tokenises the next piece while the
+        model computes the present one; it ends with the iterator, also when that is closed early.
 
         Args:
-            texts: any iterable.
-            prompt: put before every text.
-            batch_size: texts per run of the model.
+            sentences: any iterable of texts.
+            prompt_name, prompt, batch_size, normalize_embeddings, truncate_dim: as in `encode`.
+            progress: called after each run of the model with the number of its texts.
 
         Yields:
-            The tokens, and float32 (batch_size, dimension) on the model's device.
+            The tokens of some texts, and float32 (num_texts, dimension) on the model's device.
+
+        Raises:
+            ValueError: as `encode`.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        if truncate_dim is not None and not 0 < truncate_dim <= self.dimension:
+            raise ValueError(f"truncate_dim is {truncate_dim}, expected from 1 to {self.dimension}")
+        chunked = chunks(_iterable(sentences))
+        before = self.prompt(prompt, prompt_name)
         prompt_length = 0
-        if prompt and not self.recipe.include_prompt:
-            prompt_length = int(self.tokenizer([prompt]).lengths[0]) - 1  # without its [SEP]
-        texts, first = iter(texts), 0
-        while chunk := list(islice(texts, batch_size)):
-            for index, text in enumerate(chunk, first):
-                if not isinstance(text, str):
-                    raise ValueError(f"sentences[{index}] is a {type(text).__name__}, expected a str")
-            first += len(chunk)
-            tokens = self.tokenizer([prompt + text for text in chunk], self.max_seq_length)
-            yield tokens, self.embed(tokens, prompt_length)
+        if before and not self.recipe.include_prompt:
+            prompt_length = int(self.tokenizer([before]).lengths[0]) - 1  # without its [SEP]
+        token_budget = self._token_budget(batch_size)
+
+        def tokenize(chunk: list[str]) -> TokenBatch:
+            return self.tokenizer([before + text for text in chunk] if before else chunk, self.max_seq_length)
+
+        def run(tokens: TokenBatch) -> Tensor:
+            vectors = self.embed(tokens, prompt_length)[:, :truncate_dim]
+            if progress is not None:
+                progress(len(vectors))
+            return F.normalize(vectors, dim=1) if normalize_embeddings else vectors
+
+        def stream() -> Iterator[tuple[TokenBatch, Tensor]]:
+            for tokens in map_ahead(tokenize, chunked):
+                batches = plan_batches(tokens.lengths, token_budget)
+                if len(batches) == 1:
+                    yield tokens, run(tokens)
+                    continue
+                vectors = torch.cat([run(tokens.select(batch)) for batch in batches])
+                yield tokens, vectors[torch.from_numpy(np.argsort(np.concatenate(batches))).to(self.device)]
+
+        return stream()
 
     @torch.inference_mode()
     def embed(self, tokens: TokenBatch, prompt_length: int = 0) -> Tensor:
@@ -286,6 +337,15 @@ class Embedder:
         pooled = [ops.pooling(rows, cu_seqlens, mode=mode).float() for mode in self.recipe.pooling_modes]
         vectors = torch.cat(pooled, dim=1)
         return F.normalize(vectors, dim=1) if self.recipe.normalize else vectors
+
+    def _token_budget(self, batch_size: int) -> int:
+        """Tokens of a run of the model, about; ValueError for a batch size below 1."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        if self.device.type != "cpu":
+            return GPU_TOKENS * batch_size // DEFAULT_BATCH_SIZE
+        tokens = max(CPU_TOKENS, CPU_TOKENS_PER_THREAD * torch.get_num_threads())
+        return tokens * min(batch_size, DEFAULT_BATCH_SIZE) // DEFAULT_BATCH_SIZE
 
     def prompt(self, prompt: str | None = None, prompt_name: str | None = None) -> str:
         """The text to put before every sentence; ValueError, with the names there are, for an unknown name."""
@@ -302,6 +362,12 @@ class Embedder:
         """Cosine of every vector of `a` with every one of `b`: (m, dim) or (dim,) and (n, dim) or (dim,) -> (m, n)."""
         a, b = (F.normalize(torch.atleast_2d(torch.as_tensor(vectors)), dim=1) for vectors in (a, b))
         return a @ b.T
+
+
+def _iterable(sentences: Any) -> Iterable[str]:
+    if isinstance(sentences, str) or not isinstance(sentences, Iterable) or getattr(sentences, "shape", None) == ():
+        raise ValueError(f"sentences is a {type(sentences).__name__}, expected a str or an iterable of them")
+    return sentences
 
 
 def progress_bar(total: int | None, show: bool | None = None) -> Any:

@@ -42,13 +42,25 @@ class TokenBatch:
     Attributes:
         input_ids, token_type_ids: (num_tokens,) int64.
         lengths: (batch_size,) int64, tokens of each text.
-        num_truncated: how many of the texts lost tokens to `max_length`.
+        truncated: (batch_size,) bool, whether the text lost tokens to `max_length`.
     """
 
     input_ids: NDArray[np.int64]
     token_type_ids: NDArray[np.int64]
     lengths: NDArray[np.int64]
-    num_truncated: int
+    truncated: NDArray[np.bool_]
+
+    @property
+    def num_truncated(self) -> int:
+        """How many of the texts lost tokens to `max_length`."""
+        return int(self.truncated.sum())
+
+    def select(self, indices: NDArray[np.int64]) -> TokenBatch:
+        """The texts of these indices, in their order."""
+        lengths = self.lengths[indices]
+        starts = (self.lengths.cumsum() - self.lengths)[indices]
+        tokens = np.arange(lengths.sum()) + np.repeat(starts - (lengths.cumsum() - lengths), lengths)
+        return TokenBatch(self.input_ids[tokens], self.token_type_ids[tokens], lengths, self.truncated[indices])
 
     def to_ragged(self, device: torch.device | str = "cpu") -> Ragged:
         """The batch as the fast BERT takes it."""
@@ -139,7 +151,7 @@ class Tokenizer:
             input_ids=np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, total),
             token_type_ids=np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.int64, total),
             lengths=lengths,
-            num_truncated=sum(1 for encoding in encodings if encoding.overflowing),
+            truncated=np.fromiter((bool(encoding.overflowing) for encoding in encodings), np.bool_, len(encodings)),
         )
 
 

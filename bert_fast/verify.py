@@ -133,6 +133,7 @@ def verify(
     texts: Sequence[str] | None = None,
     *,
     dtype: torch.dtype | str | None = None,
+    precision: str | None = None,
     device: torch.device | str | None = None,
 ) -> Report:
     """Compare the fast BERT of a checkpoint with the plain definition in float64, over the same weights.
@@ -142,6 +143,7 @@ def verify(
         texts: what to run; None for a sample of the shipped sentences.
         dtype: of the fast model, and of the plain one whose errors stand beside; None for the checkpoint's own. The
             weights are rounded to it first, so that only the arithmetic is compared.
+        precision: as `Embedder` takes it.
         device: None for a GPU if there is one.
 
     Returns:
@@ -155,7 +157,7 @@ def verify(
         texts = sentences[:: max(1, len(sentences) // NUM_SENTENCES)][:NUM_SENTENCES]
     if not texts:
         raise ValueError("there are no texts to verify on")
-    embedder = Embedder(path_or_id, dtype=dtype, device=device)
+    embedder = Embedder(path_or_id, dtype=dtype, precision=precision, device=device)
     fast, config = embedder.model, embedder.model.config
     dtype = next(fast.parameters()).dtype
     weights = fast.state_dict()

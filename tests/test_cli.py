@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,10 @@ def test_other_bad_input(tmp_path, texts):
     assert_refused(run("embed", "demo", "-i", texts, "-o", tmp_path / "no" / "v.npy"), "there is no folder")
     assert_refused(run("embed", "demo", "-i", texts, "-o", tmp_path), "is a folder, expected the name of a file")
     assert_refused(run("embed", "demo", "-i", texts, "-o", output, "--dtype", "int3"), "dtype is int3, expected one of")
+    for options in (["embed", "-i", texts, "-o", output], ["search", "-c", texts, "-q", "x"], ["verify"]):
+        assert_refused(
+            run(*options, "demo", "--precision", "fp8"), "precision is 'fp8', expected one of fp32, bf16, int8"
+        )
     assert_refused(run("embed", tmp_path / "model", "-i", texts, "-o", output), "there is no folder")
     assert_refused(run("embed", tmp_path, "-i", texts, "-o", output), "has no config.json")
     assert_refused(run("info", texts), "is a file, expected the folder of a checkpoint")
@@ -292,3 +297,24 @@ def test_ctrl_c_ends_quietly_and_leaves_nothing(texts, tmp_path, monkeypatch):
     assert result.exit_code == 128 + signal.SIGINT
     assert result.output == ""
     assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
+
+
+def test_a_signal_in_the_middle_ends_quietly_and_leaves_nothing(tmp_path):
+    source = tmp_path / "texts.txt"
+    source.write_text("some words of a text that is not short\n" * 100_000)
+    command = [*COMMAND, "embed", "demo", "-i", str(source), "-o", str(tmp_path / "v.npy")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not any(path.stat().st_size > 1000 for path in tmp_path.glob(".v.npy.*")):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)
+        assert (process.returncode, output) == (128 + signal.SIGINT, (b"", b""))
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
+
+
+def test_embed_writes_as_it_goes_what_encode_returns(tmp_path):
+    texts = [f"{i} words" for i in range(400)]
+    result = run("embed", "demo", "-i", "-", "-o", tmp_path / "v.npy", input="\n".join(texts))
+    assert result.exit_code == 0, result.output
+    vectors = np.load(tmp_path / "v.npy", mmap_mode="r")
+    np.testing.assert_allclose(vectors, Embedder("demo").encode(texts), atol=1e-6)

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -254,6 +257,145 @@ def test_what_holds_no_texts(demo, sentences):
 def test_what_is_not_a_text(demo):
     with pytest.raises(ValueError, match=r"sentences\[33\] is a int, expected a str"):
         demo.encode([*["a"] * 33, 7], batch_size=32)
+
+
+def mixed_texts(count):
+    """Texts of 0 to 30 words, no two alike, in no order."""
+    rng = np.random.default_rng(0)
+    return [" ".join([str(i), *["word"] * length]) for i, length in enumerate(rng.integers(0, 30, count))]
+
+
+def test_rows_are_in_the_callers_order_over_many_chunks_and_batches(folder):
+    embedder, texts = Embedder(folder, device="cpu"), mixed_texts(3000)
+    expected = np.concatenate([embedder.embed(embedder.tokenizer([text], 40)).numpy() for text in texts])
+    for options in ({}, {"batch_size": 1}, {"batch_size": 17}):
+        np.testing.assert_allclose(embedder.encode(texts, **options), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(embedder.encode(iter(texts)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_runs_are_planned_by_tokens(folder, monkeypatch):
+    embedder, texts = Embedder(folder, device="cpu"), mixed_texts(1000)
+    runs, tokenized = [], []
+    embed, tokenizer = embedder.embed, embedder.tokenizer
+    monkeypatch.setattr(embedder, "embed", lambda tokens, *rest: runs.append(tokens) or embed(tokens, *rest))
+    monkeypatch.setattr(embedder, "tokenizer", lambda texts, *rest: tokenized.append(texts) or tokenizer(texts, *rest))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    embedder.encode(texts)
+    assert [len(chunk) for chunk in tokenized] == [64, 256, 680]
+    lengths = [tokenizer(chunk, 40).lengths for chunk in tokenized]
+    assert len(runs) == sum(-(-int(chunk.sum()) // 4096) for chunk in lengths)
+    assert all((np.diff(run.lengths) <= 0).all() for run in runs[-2:]), "longest first"
+    for batch_size, limit in ((1000, 4096), (32, 4096), (8, 1024), (1, 128)):
+        runs.clear()
+        embedder.encode(texts, batch_size=batch_size)
+        assert limit / 2 < max(run.lengths.sum() for run in runs) < limit + 40
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 100)
+    runs.clear()
+    embedder.encode(texts)
+    assert len(runs) == 3, "many threads need many tokens"
+
+
+def test_a_stream_comes_in_order_and_reads_no_more_than_two_pieces_ahead(folder):
+    embedder, texts, read, done = Embedder(folder, device="cpu"), mixed_texts(3000), [], []
+    given = (read.append(text) or text for text in texts)
+    options, pieces = {"truncate_dim": 8, "normalize_embeddings": True}, []
+    for tokens, vectors in embedder.encode_stream(given, progress=done.append, **options):
+        pieces.append(vectors.numpy())
+        assert len(tokens.lengths) == len(vectors)
+        assert sum(done) == sum(map(len, pieces))
+        assert len(read) <= sum(done) + 5 * len(vectors)
+    assert [len(piece) for piece in pieces] == [64, 256, 1024, 1656]
+    assert np.array_equal(np.concatenate(pieces), embedder.encode(texts, **options))
+
+
+@pytest.mark.parametrize("sentences", ["one text", None], ids=str)
+def test_a_stream_takes_only_iterables_of_texts(demo, sentences):
+    with pytest.raises(ValueError, match=r"sentences is a .*, expected a str or an iterable"):
+        demo.encode_stream(sentences)
+
+
+def fails_after(texts, error):
+    yield from texts
+    raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the source broke"), KeyboardInterrupt()], ids=["error", "interrupt"])
+@pytest.mark.parametrize("count", [10, 64, 330, 2000])
+def test_an_error_of_the_source_ends_encode(folder, error, count):
+    with pytest.raises(type(error)):
+        Embedder(folder, device="cpu").encode(fails_after(mixed_texts(count), error))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("bert_fast")]
+
+
+def test_what_is_not_a_text_is_found_before_the_chunk_before_it_is_run(folder):
+    embedder, done = Embedder(folder, device="cpu"), []
+    with pytest.raises(ValueError, match=r"sentences\[330\] is a NoneType"):
+        list(embedder.encode_stream([*mixed_texts(330), None], progress=done.append))
+    assert sum(done) == 64
+
+
+def test_an_interrupt_in_the_middle_leaves_no_thread(folder):
+    embedder, done = Embedder(folder, device="cpu"), []
+
+    def interrupt(count):
+        done.append(count)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(embedder.encode_stream(iter(mixed_texts(9000)), progress=interrupt))
+    stream = embedder.encode_stream(iter(mixed_texts(9000)))
+    next(stream)
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("bert_fast")]
+
+
+def test_threads_over_many_chunks(folder):
+    embedder, texts = Embedder(folder, device="cpu"), mixed_texts(1000)
+    expected = embedder.encode(texts)
+    with ThreadPoolExecutor(6) as pool:
+        for vectors in pool.map(lambda _: embedder.encode(texts), range(12)):
+            assert np.array_equal(vectors, expected)
+
+
+MEMORY = """
+import resource, sys
+from bert_fast import Embedder
+embedder, how = Embedder(sys.argv[1], device="cpu"), sys.argv[2]
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def texts(count):
+    for i in range(count):
+        if i == 15_000:
+            peaks.append(peak())
+        yield f"{i} " + "word " * 25
+peaks = []
+if how == "stream":
+    size = sum(len(vectors) for _, vectors in embedder.encode_stream(texts(60_000))) * 0
+else:
+    size = embedder.encode(texts(60_000)).nbytes
+print(peak() - peaks[0] - size)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource is of POSIX")
+@pytest.mark.parametrize("how", ["stream", "array"])
+def test_memory_does_not_grow_with_the_number_of_texts(folder, how):
+    """Tokens and texts of 45,000 more texts would be 25 MB and more."""
+    command = [sys.executable, "-W", "ignore", "-c", MEMORY, str(folder), how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 12e6
+
+
+@pytest.mark.parametrize("precision", [None, "fp32", "bf16", "int8"])
+def test_precision(folder, precision):
+    assert Embedder(folder, precision=precision).precision == precision
+
+
+def test_an_unknown_precision(folder):
+    with pytest.raises(ValueError, match="precision is 'fp8', expected one of fp32, bf16, int8"):
+        Embedder(folder, precision="fp8")
 
 
 def test_similarity(demo, oracle):

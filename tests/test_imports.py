@@ -29,7 +29,7 @@ ALLOWED = {
     "drop_in": LIGHT | {"encoder", "engine", "modules", "ops"},
 }
 ABOVE = {
-    "__init__", "loading", "tokenization", "embedder", "bulk", "verify", "benchmarking", "info", "doctor",
+    "__init__", "loading", "tokenization", "batching", "embedder", "bulk", "verify", "benchmarking", "info", "doctor",
     "demo", "cli",
 }  # fmt: skip
 #: Imported only inside functions, by whoever imports them.

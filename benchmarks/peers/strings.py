@@ -13,7 +13,7 @@ from bert_fast import Embedder
 from bert_fast.benchmarking import Row, compare, measured_row, parse_case, useful_flops, using_threads
 from bert_fast.folders import resolve
 
-#: Texts per run of the model: the default of both.
+#: The default of both: texts per run in sentence-transformers, the token budget of the device here.
 BATCH_SIZE = 32
 
 

@@ -70,9 +70,7 @@ def accelerate(model: nn.Module, *, precision: str | None = None, free_originals
         ValueError: the model is one of these but is set up as something else than an encoder; the precision is unknown,
             or the model cannot run in it as it is (on a GPU, another dtype or activation, a replaced module).
     """
-    engine.check_precision(precision)
-    if free_originals and precision is None:
-        raise ValueError("free_originals is True without a precision: the packed weights would be all there is of them")
+    engine.check_precision(precision, free_originals)
     berts = _berts(model)
     for bert in berts:
         _check_config(bert.config)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bert_fast import ops
+from bert_fast import engine, ops
 from bert_fast.batching import RowBuffer, chunks, map_ahead, plan_batches
 from bert_fast.folders import read_json, resolve
 from bert_fast.loading import build, parse_device, read_config, read_state_dict
@@ -35,9 +35,6 @@ OLD_POOLING_KEYS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-
-#: What the model can compute in.
-PRECISIONS = ("fp32", "bf16", "int8")
 
 #: The `batch_size` at which a run of the model has as many tokens as suit the device.
 DEFAULT_BATCH_SIZE = 32
@@ -151,8 +148,8 @@ class Embedder:
         path_or_id: a sentence-transformers folder or a plain BERT checkpoint; a Hub id; or `demo`.
         device: where the model runs; None for a GPU if there is one.
         dtype: of the model's weights; None keeps the checkpoint's own.
-        precision: "fp32", "bf16" or "int8", what the model computes in; None for that of the weights.
-        free_originals: keep the weights only in that precision.
+        precision: "fp32", "bf16" or "int8", what the model computes in on a CPU; None for that of the weights.
+        free_originals: keep the weights only in that precision; see `accelerate`.
         max_seq_length: the most tokens of a text; None for what the folder says. Longer texts lose their end.
         revision, local_files_only, allow_pickle: as in `from_pretrained`.
 
@@ -175,16 +172,17 @@ class Embedder:
     ) -> None:
         from bert_fast.modules import BertModel
 
-        if precision is not None and precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+        engine.check_precision(precision, free_originals)
         self.precision = precision
-        self.free_originals = free_originals
         folder = resolve(path_or_id, revision=revision, local_files_only=local_files_only, allow_pickle=allow_pickle)
         self.recipe = Recipe.read(folder)
         self.device = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         config = read_config(self.recipe.transformer)
         state = read_state_dict(self.recipe.transformer, allow_pickle=allow_pickle)
         self.model = build(BertModel, config, state, dtype=dtype, device=self.device)
+        engine.set_precision(self.model, precision, self.model.engine)
+        if free_originals:
+            engine.release(self.model)
         self.tokenizer = Tokenizer.from_pretrained(self.recipe.transformer, lowercase=self.recipe.do_lower_case)
         positions = config.max_position_embeddings
         if max_seq_length is not None and not 2 < max_seq_length <= positions:
@@ -330,6 +328,9 @@ class Embedder:
     def embed(self, tokens: TokenBatch, prompt_length: int = 0) -> Tensor:
         """Vectors of tokens: float32 (batch_size, dimension), pooled without the first `prompt_length` of each text."""
         ragged = tokens.to_ragged(self.device)
+        packed = self.model.engine()
+        if packed is not None and not prompt_length:
+            return packed.vectors(ragged, self.recipe.pooling_modes, self.recipe.normalize)
         rows, cu_seqlens = self.model.encode(ragged), ragged.cu_seqlens
         if prompt_length:
             rows = rows[ragged.position_ids >= prompt_length]

@@ -43,11 +43,12 @@ LAYER_MODULES = (
 LINEAR_MODULES = tuple(name for name in LAYER_MODULES if not name.endswith("LayerNorm"))
 
 
-def check_precision(precision: str | None) -> str | None:
-    """The precision, or None for that of the parameters; ValueError for an unknown name."""
+def check_precision(precision: str | None, free_originals: bool = False) -> None:
+    """ValueError for an unknown precision, or for releasing what no precision was asked for."""
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    return precision
+    if free_originals and precision is None:
+        raise ValueError("free_originals is True without a precision: the packed weights would be all there is of them")
 
 
 class Engine:

@@ -19,6 +19,7 @@ STAGES = ["embeddings", *(f"layer {i}" for i in range(1, 7)), "sentence vector"]
 def test_the_demo_passes(dtype):
     report = verify("demo", dtype=dtype)
     assert report.passed
+    assert report.passed
     assert [stage.name for stage in report.stages] == STAGES
     assert report.num_texts == 64
     assert report.num_tokens > 1000
@@ -29,6 +30,14 @@ def test_the_demo_passes(dtype):
     text = str(report)
     assert text.splitlines()[0] == f"demo: 64 texts, {report.num_tokens} tokens, {dtype} on cpu"
     assert text.endswith("Verdict: passed")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_the_demo_passes_in_every_precision(precision):
+    report = verify("demo", precision=precision)
+    assert f"tokens, {precision} on cpu" in str(report)
+    assert report.stages[-1].fast.relative > 0
+    assert report.passed
 
 
 def test_a_wrong_layer_is_found_and_placed(monkeypatch):

@@ -44,8 +44,8 @@ DEFAULT_MODELS = ("minilm", "base")
 #: The model and batches that show how throughput depends on the number of texts, and on their length.
 SWEEP_MODEL = "minilm"
 SWEEP = {
-    "texts of 128 tokens": tuple(f"{batch_size}x128" for batch_size in (1, 2, 4, 8, 16, 32)),
-    "length of 8 texts": tuple(f"8x{seq_len}" for seq_len in (8, 16, 32, 64, 128, 256, 512)),
+    "number of texts of 128 tokens": tuple(f"{batch_size}x128" for batch_size in (1, 2, 4, 8, 16, 32)),
+    "length of 8 texts, in tokens": tuple(f"8x{seq_len}" for seq_len in (8, 16, 32, 64, 128, 256, 512)),
 }
 
 #: Texts of mixed lengths that are encoded from strings.

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.cases import SWEEP
 from benchmarks.peak import Peak, best
@@ -67,7 +67,7 @@ def ratios(rows: Sequence[Row]) -> Figure:
     present = [name for name in CONTENDERS if name != SUBJECT and any(name in row["contenders"] for row in rows)]
     handles = [Line2D([], [], marker="s", linestyle="", color=COLORS[name], label=name) for name in present]
     handles.append(Line2D([], [], color=COLORS[SUBJECT], label=f"{SUBJECT} = 1"))
-    _finish(figure, handles, "", f"times as fast as each: {SUBJECT}")
+    _finish(figure, handles, "", f"speed of {SUBJECT} relative to each")
     return figure
 
 
@@ -157,6 +157,7 @@ def _plain(axes: Axes) -> None:
 def _plain_log(axes: Axes) -> None:
     """Numbers as they are, instead of powers of ten."""
     for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
 

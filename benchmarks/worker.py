@@ -36,6 +36,7 @@ class Served:
     """The requests, each a method."""
 
     call: Call
+    build_peak: int | None = None  # bytes
 
     def build(
         self, modules: Sequence[str], make: Callable[[], Callable[[Any], Tensor]], threads: int, device: str
@@ -48,7 +49,6 @@ class Served:
         self.libraries = _resident("VmRSS")
         _reset_peak()
         self.function = make()
-        self.build_peak = _resident("VmHWM")
 
     def give(self, arguments: Any) -> None:
         """What the contender is called with from now on."""
@@ -61,7 +61,8 @@ class Served:
 
     @torch.inference_mode()
     def warm_up(self, calls: int) -> None:
-        """See `Contender`; the memory of calls counts from here."""
+        """See `Contender`; the memory of calls counts from here, that of building, with its first call, up to here."""
+        self.build_peak = self.build_peak or _resident("VmHWM")
         _reset_peak()
         self.call.warm_up(calls)
 
@@ -71,7 +72,8 @@ class Served:
         return self.call.sample()
 
     def memory(self) -> Memory:
-        """What this contender held, beyond the libraries that were imported before it was made."""
+        """What this contender held, beyond the libraries that were imported before it was made; after `warm_up`."""
+        assert self.build_peak is not None
         calls, build = (1e-6 * (peak - self.libraries) for peak in (_resident("VmHWM"), self.build_peak))
         return Memory(calls, build)
 

@@ -114,7 +114,7 @@ class Measured(TypedDict):
     error: float
     cosine: float
     memory_mb: float | None  # the most that the calls held in RAM, weights included; None where it is not known
-    build_memory_mb: float | None  # the same of making it ready
+    build_memory_mb: float | None  # the same of making it, with the first call
 
 
 class Row(TypedDict):
@@ -159,7 +159,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Memory:
-    """The most RAM that a contender held, in 10^6 bytes, beyond the libraries: in its calls, and while it was made."""
+    """The most RAM that a contender held, in 10^6 bytes, beyond the libraries: in its calls, and until the first was made."""
 
     calls_mb: float
     build_mb: float

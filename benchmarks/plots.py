@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import cycle, product
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -99,7 +99,7 @@ def roofline(rows: Sequence[Row], peak: Peak) -> Figure:
     """For each model and dtype a panel: useful GFLOP/s over FLOP per byte (`useful_bytes`), under the two roofs."""
     figure, panels = _grid(rows, width=5.6, height=2.9)
     cases = list(dict.fromkeys(_kind(row["case"]) for row in rows))
-    markers = dict(zip(cases, CASE_MARKERS, strict=False))
+    markers = dict(zip(cases, cycle(CASE_MARKERS), strict=False))
     baseline = next(iter(rows[0]["contenders"]))
     shown_colors = {baseline: COLORS[baseline], "best peer": "#e69f00", SUBJECT: COLORS[SUBJECT]}
     for axes, shown in panels:

@@ -159,7 +159,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Memory:
-    """The most RAM a contender held, in 10^6 bytes, beyond the libraries: in its calls, and until the first was made."""
+    """The most RAM a contender held, in megabytes, beyond the libraries: in its calls, and until the first was made."""
 
     calls_mb: float
     build_mb: float

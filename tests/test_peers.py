@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def inputs(model: Any) -> dict[str, Tensor]:
     [(peer.name, precision) for peer in CONTENDERS.values() for precision in peer.cpu if precision != "float16"],
 )
 def test_contender_gives_the_answer(name: str, precision: str, model: Any, inputs: dict[str, Tensor]) -> None:
+    if precision == "int8":
+        inputs["token_type_ids"].zero_()  # the sentences that calibrate OpenVINO have no second type
     error = _error(_build(name, precision), model, inputs)
     if precision == "int8" and name != "transformers":
         assert 1e-3 < error < 0.1  # two layers round less than those of a real model, but they do round
@@ -94,10 +97,11 @@ def test_converted_model_takes_any_shape(name: str, model: Any, inputs: dict[str
     assert _error(encode, model, inputs) <= MAX_PEER_ERROR["float32"]
 
 
-def test_torch_compile_takes_more_shapes_than_it_would_by_itself(model: Any) -> None:
-    encode = _build("torch.compile", "float32")
+def test_torch_compile_takes_more_shapes_than_it_would_by_itself() -> None:
+    model = build_model(replace(TINY, num_hidden_layers=1))  # compiling takes long
+    encode = PEERS["torch.compile"].build(model, "float32")
     for length in range(1, 11):  # more than 8
-        full = Case("full", (length,)).inputs(model.config.vocab_size)
+        full = Case("full", (length,)).inputs(TINY.vocab_size)
         assert _error(encode, model, full) <= MAX_PEER_ERROR["float32"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 10
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+from bert_fast.benchmarking import load
 from bert_fast.config import BertConfig
 
 MINILM_L6 = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
@@ -32,6 +36,31 @@ MODELS = {
     "base": ModelCases("BERT-base", BERT_BASE, ("1x16", "1x128", "16x128", "mix16")),
     "large": ModelCases("BERT-large", BERT_LARGE, ("1x128", "mix8")),
 }
+
+
+#: Models timed when none is named.
+DEFAULT_MODELS = ("minilm", "base")
+
+#: The model and batches that show how throughput depends on the number of texts, and on their length.
+SWEEP_MODEL = "minilm"
+SWEEP = {
+    "number of texts of 128 tokens": tuple(f"{batch_size}x128" for batch_size in (1, 2, 4, 8, 16, 32)),
+    "length of 8 texts, in tokens": tuple(f"8x{seq_len}" for seq_len in (8, 16, 32, 64, 128, 256, 512)),
+}
+
+#: Texts of mixed lengths that are encoded from strings.
+NUM_STRINGS = 256
+
+
+def build_model(source: str | BertConfig) -> Any:
+    """A `ModelCases.source` as transformers' BertModel in float32 and eval mode; random weights are always the same."""
+    if isinstance(source, str):
+        return load(source, "float32")
+    from transformers import BertConfig as TransformersConfig
+    from transformers import BertModel
+
+    torch.manual_seed(0)
+    return BertModel(TransformersConfig.from_dict(source.to_dict(), attn_implementation="sdpa")).eval()
 
 
 @dataclass(frozen=True)

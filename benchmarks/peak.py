@@ -18,7 +18,7 @@ from typing import TypedDict
 
 import torch
 
-from bert_fast.benchmarking import compare
+from bert_fast.timing import Call, compare
 
 SOURCE = Path(__file__).with_name("peak.cpp")
 
@@ -83,11 +83,11 @@ def measure_cuda() -> Peak:
     instructions: list[Instruction] = []
     for dtype in ("float32", "float16", "bfloat16"):
         a, b = (torch.randn(size, size, device="cuda", dtype=getattr(torch, dtype)) for _ in range(2))
-        product = compare({"product": partial(torch.matmul, a, b)}, device="cuda")["product"]
+        product = compare({"product": Call(partial(torch.matmul, a, b), "cuda")})["product"]
         gops = 2 * size**3 / min(product.samples) * 1e-9
         instructions.append({"dtype": dtype, "instruction": "matrix product", "gops": gops})
     source = torch.zeros(copied, dtype=torch.uint8, device="cuda")
-    copy = compare({"copy": source.clone}, part=lambda copied: copied[:1], device="cuda")["copy"]
+    copy = compare({"copy": Call(source.clone, "cuda")}, part=lambda copied: copied[:1].float())["copy"]
     copy_gbs = 2 * copied / min(copy.samples) * 1e-9
     return {"threads": torch.get_num_threads(), "instructions": instructions, "copy_gbs": copy_gbs}
 

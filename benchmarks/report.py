@@ -1,4 +1,4 @@
-"""A results file as a table and a plot, next to it and in the README.
+"""A results file as tables and plots, next to it and in the README.
 
 python -m benchmarks.report benchmarks/results/<device>/encoder.json [--readme README.md]
 """
@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 import matplotlib
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 
+from benchmarks import plots
 from benchmarks.peak import Peak
-from bert_fast.benchmarking import Row, format_table, has_line_per_contender
+from benchmarks.tables import details, summary
+from bert_fast.benchmarking import Row
 from bert_fast.folders import read_json
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
-
-#: Of the bars.
-BERT_FAST_COLOR, PEER_COLORS = "#2a6fb0", colormaps["Set2"]
 
 
 class Result(TypedDict):
@@ -37,16 +34,25 @@ class Result(TypedDict):
     versions: dict[str, str | None]  # None where a package is not installed
     load_average: dict[str, list[float]]  # "before" and "after" the run: over 1, 5 and 15 minutes
     peak: Peak
-    rows: list[Row]
+    rows: list[Row]  # forward passes
+    sweep: list[Row]  # the same over numbers of texts and their length
+    strings: list[Row]  # encode of texts
 
 
 def save(result: Result, path: Path) -> None:
-    """Write the results file, with its table (`.md`) and plot (`.svg`) next to it."""
+    """Write the results file, with its tables (`.md`) and plots (`-<name>.svg`) next to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     with matplotlib.rc_context({"svg.hashsalt": "bert_fast"}):  # this and no date: the same figures, the same file
-        plot(result["rows"]).savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
-    path.with_suffix(".md").write_text(markdown(result, path.with_suffix(".svg").name), encoding="utf-8")
+        for name, figure in plots.figures(result["rows"], result["sweep"], result["peak"]).items():
+            figure.savefig(plot_path(path, name), bbox_inches="tight", metadata={"Date": None})
+    every_contender = f"\n## Every contender\n\n{details([*result['rows'], *result['strings'], *result['sweep']])}\n"
+    path.with_suffix(".md").write_text(markdown(result, path, path.parent) + every_contender, encoding="utf-8")
+
+
+def plot_path(path: Path, name: str) -> Path:
+    """The file of a plot of this results file."""
+    return path.with_name(f"{path.stem}-{name}.svg")
 
 
 def read(path: Path) -> Result:
@@ -57,12 +63,22 @@ def read(path: Path) -> Result:
     return cast(Result, values)
 
 
-def markdown(result: Result, plot_path: str) -> str:
-    """What was measured where, by which command; the table; and the plot."""
+def markdown(result: Result, path: Path, folder: Path) -> str:
+    """What was measured where, by which command; the tables; and the plots.
+
+    Args:
+        result: what the results file holds.
+        path: where it is, with the plots next to it.
+        folder: of the file that the text is for: links are relative to it.
+    """
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     peaks = ", ".join(f"{i['dtype']} {i['gops']:.0f} ({i['instruction']})" for i in result["peak"]["instructions"])
-    baseline = next(iter(result["rows"][0]["contenders"]))
     commit = f"commit {result['commit'][:12]}" if result["commit"] else "no commit"
+    links = "\n\n".join(
+        f"![{title}]({os.path.relpath(plot_path(path, name), folder)})"
+        for name, title in plots.TITLES.items()
+        if name in plots.figures(result["rows"], result["sweep"], result["peak"])
+    )
     return f"""\
 {result["device"]}, {result["threads"]} threads, {commit}{" with changes" if result["dirty"] else ""}, \
 load average {result["load_average"]["before"][0]:.1f} before the run; {versions}.
@@ -70,24 +86,25 @@ What the machine can do, in 10^9 operations per second: {peaks}; memory copy {re
 
     {result["command"]}
 
-{format_table(result["rows"])}
+{tables(result)}
 
-{_legend(result["rows"])}
+{LEGEND}
 
-![Speed relative to {baseline}]({plot_path})
+{links}
 """
 
 
-def _legend(rows: list[Row]) -> str:
-    """What the columns of the table mean."""
-    baseline = next(iter(rows[0]["contenders"]))
-    with_peers = has_line_per_contender(rows)
-    to_best = "\nto best: the time of the fastest other contender over bert_fast's;" if with_peers else ""
-    precision = " in float32,\nwhich is what it runs in where a row is int8" if with_peers else ""
-    return (
-        f"Medians of interleaved rounds, in milliseconds; ratio: the time of {baseline} over this one's;{to_best}\n"
-        f"GFLOP/s: work on real tokens only; error: relative, against the answer of {baseline}{precision}."
-    )
+LEGEND = """\
+Medians of interleaved rounds, each contender in a process of its own; a line is bert_fast's, beside the best of the
+others. GFLOP/s: work on real tokens only; of peak: of what the machine reached in this type in the same run. "to" says
+how many times as fast bert_fast is; in int8 transformers runs in float32. Errors are relative, of the last hidden state
+(of the vectors, for texts), against transformers in float32. MB: the most RAM that the calls held, weights included,
+beyond the libraries."""
+
+
+def tables(result: Result) -> str:
+    """The summaries of forward passes and of strings, where they were measured."""
+    return "\n\n".join(summary(rows) for rows in (result["rows"], result["strings"]) if rows)
 
 
 def splice(text: str, table: str) -> str:
@@ -106,50 +123,22 @@ def splice(text: str, table: str) -> str:
     return f"{head}{BEGIN}\n\n{table}\n{END}{tail}"
 
 
-def plot(rows: list[Row]) -> Figure:
-    """Bars of the ratios to the first contender, one group per row; a contender that a row has not leaves a gap."""
-    baseline = next(iter(rows[0]["contenders"]))
-    names = list(dict.fromkeys(name for row in rows for name in list(row["contenders"])[1:]))
-    names.sort(key="bert_fast".__eq__)  # which is last
-    labels = [f"{row['model']}  {row['case']}  {row['dtype']}" for row in rows]
-    height = 0.8 / len(names)
-    figure = Figure(figsize=(7, 0.8 + (0.1 + 0.22 * len(names)) * len(rows)))
-    axes = figure.subplots()
-    axes.axvline(1, color="black", linewidth=1)
-    for index, name in enumerate(names):
-        there = [(place, row["contenders"][name]) for place, row in enumerate(rows) if name in row["contenders"]]
-        places = [place + (index + 0.5) * height - 0.4 for place, _ in there]
-        color = BERT_FAST_COLOR if name == "bert_fast" else PEER_COLORS(index)
-        bars = axes.barh(places, [measured["ratio"] for _, measured in there], height, label=name, color=color)
-        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # under the label, over the line at 1
-        axes.bar_label(bars, fmt="%.2fx", padding=3, fontsize=8, bbox=white)
-    axes.set_yticks(range(len(rows)), labels)
-    axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
-    axes.margins(x=0.12, y=0.02)
-    axes.set_xlabel(f"speed relative to {baseline} (1 = as fast)")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    if len(names) > 1:
-        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=min(3, len(names)))
-    return figure
-
-
 def main() -> None:
-    """Make the table and the plot of a results file anew, and put the table into a README."""
-    parser = argparse.ArgumentParser(description="The table and the plot of a results file.")
+    """Make the tables and the plots of a results file anew, and put them into a README."""
+    parser = argparse.ArgumentParser(description="The tables and the plots of a results file.")
     parser.add_argument("result", type=Path, help="benchmarks/results/<device>/encoder.json")
-    parser.add_argument("--readme", type=Path, help=f"file to put the table into, between {BEGIN} and {END}")
+    parser.add_argument("--readme", type=Path, help=f"file to put them into, between {BEGIN} and {END}")
     options = parser.parse_args()
     try:
         result = read(options.result)
         save(result, options.result)
         if options.readme:
-            plot_path = os.path.relpath(options.result.with_suffix(".svg"), options.readme.parent)
-            text = splice(options.readme.read_text(encoding="utf-8"), markdown(result, plot_path))
+            text = markdown(result, options.result, options.readme.parent)
+            text = splice(options.readme.read_text(encoding="utf-8"), text)
             options.readme.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(format_table(result["rows"]))
+    print(tables(result))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""End to end: transformers (SDPA, padded) against the same model through `bert_fast.accelerate`, in one run.
+"""The benchmark suite: bert_fast beside transformers and its peers, a process for each, in interleaved rounds.
 
-    python -m benchmarks.run [--models minilm base large] [--cases 1x16 mix32] [--dtype float32 bfloat16] [--threads N]
-                             [--peers all | NAME ...]
+    python -m benchmarks.run [--models minilm base large] [--cases 1x16 mix32] [--dtype float32 bfloat16 int8]
+                             [--threads N] [--peers all | NAME ...] [--parts encoder sweep strings]
 
-measures what the machine can do, checks that the answers agree, times the contenders side by side, and writes
-`benchmarks/results/<device>/encoder.json` with a table and a plot next to it. With `--strings N` it times
-`SentenceTransformer.encode` against `Embedder.encode` on N texts instead, and writes `strings.json`.
+measures what the machine can do, checks every answer against transformers' in float32, times the contenders, and writes
+`benchmarks/results/<device>/encoder.json` with its tables and plots next to it.
 """
 
 from __future__ import annotations
@@ -18,20 +17,21 @@ import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks import peak, report
-from benchmarks.cases import MODELS, ModelCases
-from benchmarks.peers import PEERS, select
-from bert_fast.benchmarking import MAX_ERROR, MAX_PEER_ERROR, Row, bench_cases, format_table, load, parse_case
-from bert_fast.folders import DEMO
+from benchmarks.cases import DEFAULT_MODELS, MODELS, NUM_STRINGS
+from benchmarks.peers import BASELINE, PEERS, SUBJECT, select
+from benchmarks.processes import ROOT, WorkerError
+from benchmarks.suite import Settings, bench_encoder, bench_strings, bench_sweep
+from bert_fast.benchmarking import parse_case
+from bert_fast.timing import WrongAnswerError
 
-ROOT = Path(__file__).resolve().parent.parent
+#: What a run can measure; on a GPU only the first.
+PARTS = ("encoder", "sweep", "strings")
 
 
 def main() -> None:
@@ -40,10 +40,7 @@ def main() -> None:
     load_before = list(os.getloadavg())
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     machine = peak.measure_cuda() if options.device == "cuda" else peak.measure_cpu(options.threads)
-    rows = _strings(options, machine) if options.strings else _encoders(options, machine)
-    packages = [package for peer in options.peers for package in peer.packages]
-    if options.strings:
-        packages = ["sentence-transformers"]
+    settings = Settings(machine, options.threads, options.repeats, options.dtype, options.peers, options.device)
     head, dirty = commit()
     device = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
     result: report.Result = {
@@ -53,96 +50,77 @@ def main() -> None:
         "dirty": dirty,
         "device": device,
         "threads": options.threads,
-        "versions": versions(packages),
-        "load_average": {"before": load_before, "after": list(os.getloadavg())},
+        "versions": versions(["sentence-transformers", *(name for peer in options.peers for name in peer.packages)]),
+        "load_average": {"before": load_before, "after": load_before},
         "peak": machine,
-        "rows": rows,
+        "rows": [],
+        "sweep": [],
+        "strings": [],
     }
+    try:
+        if "encoder" in options.parts:
+            for key in options.models:
+                result["rows"] += bench_encoder(settings, MODELS[key], options.cases or MODELS[key].cases)
+        if "sweep" in options.parts:
+            result["sweep"] = bench_sweep(settings)
+        if "strings" in options.parts:
+            result["strings"] = bench_strings(settings, options.strings, options.optimum_python)
+    except (WrongAnswerError, WorkerError) as error:
+        raise SystemExit(f"nothing written: {error}") from None
+    result["load_average"]["after"] = list(os.getloadavg())
     folder = slug(device if options.device == "cuda" else f"{device} {options.threads} threads")
-    file = "strings.json" if options.strings else "encoder.json"
-    output = options.output or ROOT / "benchmarks" / "results" / folder / file
+    output = options.output or ROOT / "benchmarks" / "results" / folder / "encoder.json"
     report.save(result, output)
-    print(format_table(rows))
+    print(report.tables(result))
     print(f"written: {output}", file=sys.stderr)
 
 
-def _encoders(options: argparse.Namespace, machine: peak.Peak) -> list[Row]:
-    rows: list[Row] = []
-    for key in options.models:
-        for dtype in options.dtype:
-            peers = {
-                peer.name: partial(peer.build, precision=dtype) for peer in options.peers if dtype in peer.precisions
-            }
-            beside = f" beside {', '.join(peers)}" if peers else ""
-            print(f"timing {MODELS[key].title} in {dtype}{beside}", file=sys.stderr)
-            rows += bench_cases(
-                build(MODELS[key], dtype if dtype in MAX_ERROR else "float32").to(options.device),
-                MODELS[key].title,
-                [parse_case(text) for text in options.cases or MODELS[key].cases],
-                threads=options.threads,
-                repeats=options.repeats,
-                peak_gops=peak.best(machine, dtype),
-                precision=dtype,
-                peers=peers,
-            )
-    return rows
-
-
-def _strings(options: argparse.Namespace, machine: peak.Peak) -> list[Row]:
-    from benchmarks.peers.strings import bench_strings
-
-    gops = peak.best(machine, "float32")
-    return [bench_strings(DEMO, MODELS["minilm"].title, options.strings, options.threads, options.repeats, gops)]
-
-
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time bert_fast against transformers, side by side.")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser = argparse.ArgumentParser(description="Time bert_fast against transformers and its peers, side by side.")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=DEFAULT_MODELS)
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="32x128 or mix32; the model's own when not given")
-    parser.add_argument("--dtype", nargs="+", choices=MAX_PEER_ERROR, default=["float32"])
+    parser.add_argument("--dtype", nargs="+", choices=BASELINE.cpu, help="all that the device has when not given")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
         "--peers",
-        nargs="+",
+        nargs="*",
         choices=("all", *PEERS),
         metavar="PEER",
-        default=[],
-        help=f"also time these: all that are installed, or {', '.join(PEERS)}",
+        default=["all"],
+        help=f"beside transformers: all that are installed (when not given), none, or {', '.join(PEERS)}",
     )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="all that the device has when not given")
+    parser.add_argument("--strings", type=int, metavar="N", default=NUM_STRINGS, help="texts of the part of that name")
     parser.add_argument(
-        "--strings", type=int, metavar="N", help="time encode of N texts by sentence-transformers and by bert_fast"
+        "--optimum-python",
+        default=sys.executable,
+        metavar="PATH",
+        help="interpreter that has optimum, for the onnx and openvino back ends of sentence-transformers",
     )
     parser.add_argument(
         "--output", type=Path, help="results file; benchmarks/results/<device>/encoder.json if not given"
     )
     options = parser.parse_args()
     for name in ("threads", "repeats", "strings"):
-        if (value := getattr(options, name)) is not None and value < 1:
+        if (value := getattr(options, name)) < 1:
             parser.error(f"--{name} is {value}, expected at least 1")
-    if options.strings and (options.peers or options.device != "cpu"):
-        parser.error("--strings compares with sentence-transformers on the CPU; it takes no --peers and no --device")
+    on_cpu = options.device == "cpu"
+    options.parts = options.parts or (PARTS if on_cpu else PARTS[:1])
+    options.dtype = options.dtype or (("float32", "bfloat16", "int8") if on_cpu else BASELINE.cuda)
     try:
+        if not on_cpu and set(options.parts) != {"encoder"}:
+            raise ValueError(f"--parts {' '.join(options.parts)}: on {options.device} only encoder can be measured")
+        for dtype in options.dtype:
+            if dtype not in SUBJECT.precisions(options.device):
+                raise ValueError(f"--dtype {dtype}: bert_fast has it not on {options.device}")
         options.peers = select(options.peers, options.device)
-        if "int8" in options.dtype and not any("int8" in peer.precisions for peer in options.peers):
-            raise ValueError("--dtype int8 needs --peers that have it")
         for text in options.cases or ():
             parse_case(text)
     except ValueError as error:
         parser.error(str(error))
     return options
-
-
-def build(cases: ModelCases, dtype: str) -> Any:
-    """The model in transformers, in eval mode; random weights are the same every time."""
-    if isinstance(cases.source, str):
-        return load(cases.source, dtype)
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    config = BertConfig.from_dict(cases.source.to_dict(), attn_implementation="sdpa")
-    return BertModel(config).eval().to(getattr(torch, dtype))
 
 
 def cpu_name() -> str:

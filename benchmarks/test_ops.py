@@ -18,9 +18,10 @@ from torch import Tensor
 
 from benchmarks.cases import OP_CASES, OpCase
 from bert_fast import ops
-from bert_fast.benchmarking import Case, parse_case, relative_error
+from bert_fast.benchmarking import Case, parse_case
 from bert_fast.config import BertConfig
 from bert_fast.ops.bias_gelu import OP as BIAS_GELU
+from bert_fast.timing import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ("reference", {"cpu": "cpp", "cuda": "triton"}[DEVICE])

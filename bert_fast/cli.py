@@ -190,7 +190,8 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Samples of each contender.")] = 7,
 ) -> None:
     """Time a checkpoint against transformers (SDPA), side by side, on the CPU."""
-    from bert_fast.benchmarking import WrongAnswerError, bench_model, format_table
+    from bert_fast.benchmarking import bench_model, format_table
+    from bert_fast.timing import WrongAnswerError
 
     try:
         print(format_table(bench_model(model, case, dtype, threads, repeats)))

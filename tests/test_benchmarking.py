@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cases, peak, report, run
+from benchmarks import cases, peak, plots, report, run
+from benchmarks.tables import best_peer, details, ratio_to_best, summary
 from bert_fast import benchmarking
-from bert_fast.benchmarking import Row, Timing, WrongAnswerError, compare, format_table, parse_case, useful_flops
+from bert_fast.benchmarking import Memory, Row, Work, format_table, measured_row, parse_case, useful_bytes, useful_flops
 from bert_fast.config import BertConfig
+from bert_fast.timing import Timing, WrongAnswerError
 
 TINY = BertConfig(
     vocab_size=50,
@@ -86,88 +88,11 @@ def test_useful_flops_by_hand() -> None:
     assert useful_flops(BertConfig(), [128]) == 22_347_251_712
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Time that passes only where a test says so."""
-    fake = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(benchmarking, "time", SimpleNamespace(perf_counter=lambda: fake.now))
-    return fake
-
-
-def test_compare_interleaves_and_rotates(clock: SimpleNamespace) -> None:
-    order: list[str] = []
-
-    def contender(name: str) -> torch.Tensor:
-        order.append(name)
-        clock.now += 1.0
-        return torch.ones(2)
-
-    timings = compare({name: lambda name=name: contender(name) for name in "abc"}, repeats=4, warmup=0)
-    assert "".join(order[-12:]) == "abc" + "bca" + "cab" + "abc"
-    assert list(timings) == ["a", "b", "c"]
-    assert all(timing.samples == (1.0,) * 4 for timing in timings.values())
-
-
-def test_compare_repeats_short_calls_within_a_sample(clock: SimpleNamespace) -> None:
-    calls = {"short": 0, "long": 0}
-
-    def contender(name: str, seconds: float) -> torch.Tensor:
-        calls[name] += 1
-        clock.now += seconds
-        return torch.ones(2)
-
-    timings = compare(
-        {"short": lambda: contender("short", 2.0**-10), "long": lambda: contender("long", 2.0)}, repeats=3, warmup=2
-    )
-    # One call for the answer, two to warm up, one to see how long it takes; then three samples of 11 calls or of one.
-    assert calls == {"short": 4 + 3 * 11, "long": 4 + 3}
-    assert timings["short"].median == pytest.approx(2.0**-10)
-    assert timings["long"].median == 2.0
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (torch.tensor([1.0, 2.1]), "fast differs from plain by a relative error of 4.5e-02, allowed 1e-05"),
-        (torch.tensor([1.0, float("nan")]), "relative error of nan"),
-        (torch.ones(3), r"fast gives shape \(3,\) but plain gives \(2,\)"),
-    ],
-    ids=["another number", "NaN", "another shape"],
-)
-def test_compare_times_nothing_when_answers_differ(
-    monkeypatch: pytest.MonkeyPatch, answer: torch.Tensor, message: str
-) -> None:
-    def perf_counter() -> float:
-        raise AssertionError("the clock was read")
-
-    monkeypatch.setattr(benchmarking, "time", SimpleNamespace(perf_counter=perf_counter))
-    with pytest.raises(WrongAnswerError, match=message):
-        compare({"plain": lambda: torch.tensor([1.0, 2.0]), "fast": lambda: answer})
-
-
-def test_compare_reports_the_error_it_allowed() -> None:
-    timings = compare(
-        {"plain": lambda: torch.tensor([3.0, 4.0]), "fast": lambda: torch.tensor([3.0, 4.5])},
-        repeats=1,
-        max_error=0.2,
-    )
-    assert (timings["plain"].error, timings["fast"].error) == (0.0, pytest.approx(0.1))
-
-
-def test_compare_looks_at_the_part_it_is_told() -> None:
-    contenders = {"plain": lambda: torch.tensor([1.0, 7.0]), "fast": lambda: torch.tensor([1.0, 0.0])}
-    timings = compare(contenders, repeats=1, part=lambda answer: answer[:1])
-    assert timings["fast"].error == 0.0
-
-
-def test_compare_needs_a_round() -> None:
-    with pytest.raises(ValueError, match="repeats is 0"):
-        compare({"plain": lambda: torch.ones(1)}, repeats=0)
-
-
-def test_timing_summary() -> None:
-    timing = Timing((5.0, 1.0, 2.0, 4.0, 3.0), error=0.0)
-    assert (timing.median, timing.quartiles) == (3.0, (2.0, 4.0))
+def test_useful_bytes_by_hand() -> None:
+    small = SimpleNamespace(hidden_size=2, intermediate_size=3, num_hidden_layers=3)
+    # 4 * 2 * 2 + 2 * 2 * 3 = 28 weights; a token moves 14 * 2 + 2 * 3 = 34 elements.
+    assert useful_bytes(small, 5, "bfloat16") == 3 * 2 * (28 + 5 * 34)
+    assert useful_bytes(small, 5, "int8") * 4 == useful_bytes(small, 5, "float32")
 
 
 @pytest.fixture
@@ -222,43 +147,81 @@ def test_bench_model_names_bad_input(checkpoint: Path, options: dict, message: s
         benchmarking.bench_model(checkpoint, **{"cases": ["1x4"], **options})
 
 
-def _row(model: str = "tiny", dtype: str = "float32", of_peak: float | None = 0.5) -> Row:
-    slow = {
-        "median_ms": 3.0,
-        "quartiles_ms": [2.5, 3.5],
-        "gflops": 10.0,
-        "of_peak": of_peak,
-        "ratio": 1.0,
-        "error": 0.0,
+def _row(
+    milliseconds: dict[str, float], model: str = "tiny", case: str = "mix4", dtype: str = "float32", suite: bool = True
+) -> Row:
+    """100 tokens and 3e7 operations, contenders that take so long; with a peak and memory as the suite has them."""
+    timings = {
+        name: Timing((median * 1e-3,), error=0.0 if index == 0 else 1.25e-6, cosine=1.0)
+        for index, (name, median) in enumerate(milliseconds.items())
     }
-    fast = {**slow, "median_ms": 1.5, "gflops": 20.0, "ratio": 2.0, "error": 1.25e-6}
-    return {
-        "model": model,
-        "case": "mix4",
-        "dtype": dtype,
-        "tokens": 100,
-        "padded_tokens": 200,
-        "contenders": {"plain": slow, "fast": fast},
-    }
+    memory = {name: Memory(calls_mb=10.0 * median, build_mb=400.0) for name, median in milliseconds.items()}
+    work = Work(model, case, dtype, tokens=100, padded_tokens=200, flops=30_000_000, bytes=1_000_000)
+    return measured_row(timings, work, peak_gops=40.0 if suite else None, memory=memory if suite else None)
+
+
+SLOW_AND_FAST = {"plain": 3.0, "fast": 1.5}
+
+SUITE = [
+    _row({"transformers": 12.0, "onnxruntime": 6.0, "openvino": 4.0, "bert_fast": 3.0}),
+    _row({"transformers": 12.0, "openvino": 2.0, "bert_fast": 4.0}, dtype="int8"),
+]
 
 
 def test_table() -> None:
-    assert format_table([_row()]).splitlines() == [
-        "| case | tokens | padded | plain ms | fast ms | fast ratio | fast GFLOP/s | of peak | error |",
-        "| ---- | -----: | -----: | -------: | ------: | ---------: | -----------: | ------: | ----: |",
-        "| mix4 |    100 |    200 |     3.00 |    1.50 |      2.00x |           20 |     50% | 1e-06 |",
+    assert format_table([_row(SLOW_AND_FAST)]).splitlines() == [
+        "| case | tokens | padded | plain ms | fast ms | fast ratio | fast GFLOP/s | error |",
+        "| ---- | -----: | -----: | -------: | ------: | ---------: | -----------: | ----: |",
+        "| mix4 |    100 |    200 |     3.00 |    1.50 |      2.00x |           20 | 1e-06 |",
     ]
 
 
 def test_table_names_what_varies() -> None:
-    table = format_table([_row("small", of_peak=None), _row("a longer name", of_peak=None)])
+    table = format_table([_row(SLOW_AND_FAST, "small"), _row(SLOW_AND_FAST, "a longer name")])
     header, _, *lines = table.splitlines()
     assert header.startswith("| model         | case |")
     assert lines[0].startswith("| small         | mix4 |")
     assert "dtype" not in header
     assert {len(line) for line in table.splitlines()} == {len(header)}
-    assert "| dtype " in format_table([_row(), _row(dtype="bfloat16")])
+    assert "| dtype " in format_table([_row(SLOW_AND_FAST), _row(SLOW_AND_FAST, dtype="bfloat16")])
     assert format_table([]) == ""
+
+
+def test_summary_of_the_suite() -> None:
+    assert [best_peer(row) for row in SUITE] == ["openvino", "openvino"]
+    assert [ratio_to_best(row) for row in SUITE] == [pytest.approx(4 / 3), pytest.approx(0.5)]
+    header, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in summary(SUITE).splitlines())
+    assert header[:8] == ["model", "case", "dtype", "ms", "GFLOP/s", "of peak", "error", "MB"]
+    assert header[8:] == ["to transformers", "best peer", "to best", "its error", "its MB"]
+    assert lines[0] == (
+        ["tiny", "mix4", "float32", "3.00", "10", "25%", "1e-06", "30", "4.00x", "openvino", "1.33x", "1e-06", "40"]
+    )
+    assert lines[1][2] == "int8"
+    assert lines[1][-3] == "0.50x"
+
+
+def test_details_have_a_line_for_each_contender() -> None:
+    _, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in details(SUITE).splitlines())
+    assert [line[5] for line in lines] == [name for row in SUITE for name in row["contenders"]]
+    assert lines[1][6:] == ["6.00", "6.00-6.00", "2.00x", "", "5", "12%", "1e-06", "60", "1.00000", "400"]
+    assert lines[3][9] == "1.33x"
+
+
+def test_plots_show_every_contender(result: report.Result) -> None:
+    ratios = plots.ratios(SUITE)
+    heights = [[bar.get_height() for bars in axes.containers for bar in bars] for axes in ratios.axes]
+    assert heights == [pytest.approx([4.0, 2.0, 4 / 3]), pytest.approx([3.0, 0.5])]
+    assert [axes.get_title() for axes in ratios.axes] == ["tiny, float32", "tiny, int8"]
+
+    first, second = plots.throughput(result["sweep"]).axes
+    assert [list(line.get_xdata()) for line in first.lines] == [[1, 2, 4, 8, 16, 32]] * 2
+    assert [list(line.get_ydata()) for line in second.lines] == [pytest.approx([10.0] * 7), pytest.approx([20.0] * 7)]
+
+    floats, integers = plots.roofline(SUITE, result["peak"]).axes
+    roof, *points = floats.lines
+    assert max(roof.get_ydata()) == 40.0
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in points] == [(30.0, 2.5), (30.0, 7.5), (30.0, 10.0)]
+    assert len(integers.lines) == 3  # no int8 peak was measured, so there is no roof
 
 
 @pytest.fixture
@@ -277,7 +240,13 @@ def result() -> report.Result:
             "instructions": [{"dtype": "float32", "instruction": "fma", "gops": 40.0}],
             "copy_gbs": 8.0,
         },
-        "rows": [_row(), _row("other")],
+        "rows": SUITE,
+        "sweep": [
+            _row({"transformers": 3.0, "bert_fast": 1.5}, case=case)
+            for series in cases.SWEEP.values()
+            for case in series
+        ],
+        "strings": [_row({"sentence-transformers": 8.0, "bert_fast": 2.0}, case="64 texts")],
     }
 
 
@@ -287,16 +256,42 @@ def test_result_round_trip(result: report.Result, tmp_path: Path) -> None:
     assert report.read(path) == result
 
     text = path.with_suffix(".md").read_text()
-    assert format_table(result["rows"]) in text
+    assert summary(result["rows"]) in text
+    assert summary(result["strings"]) in text
+    assert details([*result["rows"], *result["strings"], *result["sweep"]]) in text
     assert "Some CPU, 2 threads, commit 0123456789ab with changes, load average 0.5" in text
     assert "    python -m benchmarks.run --models tiny\n" in text
     assert "triton" not in text
 
-    plot = path.with_suffix(".svg").read_bytes()
-    assert xml.etree.ElementTree.fromstring(plot).tag == "{http://www.w3.org/2000/svg}svg"
-    assert len(plot) < 200_000
+    files = {name: path.with_name(f"encoder-{name}.svg") for name in plots.TITLES}
+    drawn = {name: file.read_bytes() for name, file in files.items()}
+    for name, plot in drawn.items():
+        assert xml.etree.ElementTree.fromstring(plot).tag == "{http://www.w3.org/2000/svg}svg"
+        assert len(plot) < 200_000
+        assert f"]({files[name].name})" in text
     report.save(result, path)
-    assert path.with_suffix(".svg").read_bytes() == plot
+    assert drawn == {name: file.read_bytes() for name, file in files.items()}
+
+
+def test_readme_gets_the_tables_and_links_to_the_plots(
+    result: report.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, readme = tmp_path / "device" / "encoder.json", tmp_path / "README.md"
+    report.save(result, path)
+    readme.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(path), "--readme", str(readme)])
+    report.main()
+    text = readme.read_text()
+    assert summary(result["rows"]) in text
+    assert "Every contender" not in text
+    assert all(f"](device/encoder-{name}.svg)" in text for name in plots.TITLES)
+
+
+def test_result_without_parts(result: report.Result, tmp_path: Path) -> None:
+    path = tmp_path / "encoder.json"
+    report.save({**result, "rows": [], "sweep": []}, path)
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["encoder.json", "encoder.md"]
+    assert report.tables(report.read(path)) == summary(result["strings"])
 
 
 def test_result_file_of_something_else(tmp_path: Path) -> None:
@@ -354,29 +349,43 @@ def test_every_case_fits_its_model(model: str) -> None:
     assert max(max(parse_case(name).lengths) for name in names) <= 512
 
 
-@pytest.mark.filterwarnings("ignore::bert_fast.ops.FallbackWarning")
 def test_run_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], result: report.Result
 ) -> None:
     monkeypatch.setattr(run, "MODELS", {"tiny": cases.ModelCases("Tiny", TINY, ("1x4", "mix3"))})
     monkeypatch.setattr(peak, "measure_cpu", lambda threads: result["peak"])
     output = tmp_path / "encoder.json"
-    monkeypatch.setattr(sys, "argv", ["run.py", "--threads", "1", "--repeats", "1", "--output", str(output)])
+    arguments = ["--models", "tiny", "--dtype", "float32", "--peers", "transformers-eager", "--parts", "encoder"]
+    arguments += ["--threads", "1", "--repeats", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
     run.main()
 
     written = report.read(output)
     assert [row["case"] for row in written["rows"]] == ["1x4", "mix3"]
-    assert written["command"] == f"python -m benchmarks.run --threads 1 --repeats 1 --output {output}"
+    assert written["command"] == " ".join(["python -m benchmarks.run", *arguments])
     assert written["versions"]["torch"] == torch.__version__
-    fast = written["rows"][0]["contenders"]["bert_fast"]
-    assert fast["of_peak"] == pytest.approx(fast["gflops"] / 40.0)
-    assert format_table(written["rows"]) in capsys.readouterr().out
+    for row in written["rows"]:
+        assert list(row["contenders"]) == ["transformers", "transformers-eager", "bert_fast"]
+        for name, measured in row["contenders"].items():
+            assert measured["of_peak"] == pytest.approx(measured["gflops"] / 40.0)
+            assert measured["error"] <= (0.0 if name == "transformers" else 1e-5)
+            assert 0 < measured["memory_mb"] < 200
+            assert 0 < measured["build_memory_mb"] < 200
+    assert summary(written["rows"]) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--threads", "0"], "--threads is 0"), (["--cases", "4"], "case '4'"), (["--models", "huge"], "huge")],
-    ids=["threads", "case", "model"],
+    [
+        (["--threads", "0"], "--threads is 0"),
+        (["--strings", "0"], "--strings is 0"),
+        (["--cases", "4"], "case '4'"),
+        (["--models", "huge"], "huge"),
+        (["--peers", "tensorrt"], "tensorrt"),
+        (["--dtype", "float16"], "--dtype float16: bert_fast has it not on cpu"),
+        (["--device", "cuda", "--parts", "sweep"], "--parts sweep: on cuda only encoder"),
+    ],
+    ids=["threads", "strings", "case", "model", "peer", "dtype", "part"],
 )
 def test_run_names_bad_arguments(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -388,10 +397,9 @@ def test_run_names_bad_arguments(
 
 
 def test_random_weights_are_the_same_every_time() -> None:
-    tiny = cases.ModelCases("Tiny", TINY, ())
-    first, second = (run.build(tiny, "bfloat16").state_dict() for _ in range(2))
+    first, second = (cases.build_model(TINY).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert {tensor.dtype for tensor in first.values() if tensor.is_floating_point()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in first.values() if tensor.is_floating_point()} == {torch.float32}
 
 
 def test_folder_of_a_device() -> None:

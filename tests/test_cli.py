@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from bert_fast import benchmarking, verify
+from bert_fast import benchmarking, timing, verify
 from bert_fast.cli import app
 from bert_fast.embedder import Embedder
 
@@ -267,7 +267,7 @@ def test_bench(monkeypatch):
     assert rows == [("demo", ["2x8", "mix4"], "float32", 1, 3)]
 
     def wrong(*args):
-        raise benchmarking.WrongAnswerError("0.5 is too far")
+        raise timing.WrongAnswerError("0.5 is too far")
 
     monkeypatch.setattr(benchmarking, "bench_model", wrong)
     result = run("bench")

@@ -29,8 +29,8 @@ ALLOWED = {
     "drop_in": LIGHT | {"encoder", "engine", "modules", "ops"},
 }
 ABOVE = {
-    "__init__", "loading", "tokenization", "batching", "embedder", "bulk", "verify", "benchmarking", "info", "doctor",
-    "demo", "cli",
+    "__init__", "loading", "tokenization", "batching", "embedder", "bulk", "verify", "timing", "benchmarking", "info",
+    "doctor", "demo", "cli",
 }  # fmt: skip
 #: Imported only inside functions, by whoever imports them.
 LAZY = {"kernels", "_C", "loading", "transformers", "triton", "sentence_transformers", "matplotlib"}

@@ -9,10 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
+from benchmarks.cases import build_model
+from benchmarks.processes import Spec
 from bert_fast.benchmarking import Encode
+from bert_fast.config import BertConfig
 
 
 @dataclass(frozen=True)
@@ -22,57 +26,83 @@ class Peer:
     Attributes:
         name: what tables and the command line call it.
         module: its file in this package.
-        precisions: those it has.
-        devices: types of the devices it runs on.
+        cpu, cuda: the precisions it has there.
         packages: the distributions it is made of, beside torch and transformers.
+        compiles_shapes: each shape is compiled anew, which takes long.
     """
 
     name: str
     module: str
-    precisions: tuple[str, ...]
-    devices: tuple[str, ...] = ("cpu",)
+    cpu: tuple[str, ...]
+    cuda: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
+    compiles_shapes: bool = False
+
+    def precisions(self, device: str) -> tuple[str, ...]:
+        """Those it has on a type of device."""
+        return self.cuda if device == "cuda" else self.cpu
 
     def build(self, model: Any, precision: str) -> Encode:
         """The model in this peer, on torch's number of threads at the time of this call.
 
         Args:
-            model: a transformers BertModel in float32 and eval mode; unchanged.
-            precision: one of `precisions`.
+            model: a transformers BertModel in float32 and eval mode; nobody else's, so that it may be changed.
+            precision: one of those it has.
 
         Raises:
             ImportError: the peer is not installed.
             ValueError: it has no such precision.
         """
-        if precision not in self.precisions:
-            raise ValueError(f"precision is {precision!r}, {self.name} has {', '.join(self.precisions)}")
-        return self._load().build(model, precision)
+        known = self.precisions(model.device.type)
+        if precision not in known:
+            raise ValueError(f"precision is {precision!r}, {self.name} has {', '.join(known)}")
+        return import_module(self.path).build(model, precision)
+
+    @property
+    def path(self) -> str:
+        """The name of its module."""
+        return f"benchmarks.peers.{self.module}"
 
     def missing(self) -> str | None:
         """Why it cannot be imported; None if it can."""
         try:
-            self._load()
+            import_module(self.path)
         except ImportError as error:
             return f"{self.name} is not installed: {error}"
         return None
 
-    def _load(self) -> Any:
-        return import_module(f"benchmarks.peers.{self.module}")
+    def spec(self, source: str | BertConfig, precision: str, device: str = "cpu") -> Spec:
+        """How its process makes it, of a model of `cases.build_model`."""
+        libraries = ("transformers.models.bert.modeling_bert", self.path)
+        return Spec(partial(_make, self.name, source, precision, device), libraries)
 
 
-TORCH = {"precisions": ("float32", "bfloat16", "float16"), "devices": ("cpu", "cuda")}
+def _make(name: str, source: str | BertConfig, precision: str, device: str) -> Encode:
+    return CONTENDERS[name].build(build_model(source).to(device), precision)
 
-#: All of them, by name. transformers with SDPA attention is no peer: it is what every row starts from.
+
+FLOATS = ("float32", "bfloat16", "float16")
+
+#: What every row starts from: in int8, which transformers has not, in float32.
+BASELINE = Peer("transformers", "transformers_sdpa", cpu=(*FLOATS, "int8"), cuda=FLOATS)
+
+SUBJECT = Peer("bert_fast", "accelerated", cpu=("float32", "bfloat16", "int8"), cuda=FLOATS)
+
+#: What else a row can have, by name.
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("transformers-eager", "transformers_eager", **TORCH),
-        Peer("torch.compile", "torch_compile", **TORCH),
-        Peer("onnxruntime", "onnx_runtime", ("float32", "int8"), packages=("onnxruntime", "onnx")),
-        Peer("openvino", "open_vino", ("float32", "bfloat16"), packages=("openvino",)),
-        Peer("ctranslate2", "c_translate2", ("float32", "int8"), packages=("ctranslate2",)),
+        Peer("transformers-eager", "transformers_eager", cpu=FLOATS, cuda=FLOATS),
+        Peer("torch.compile", "torch_compile", cpu=FLOATS, cuda=FLOATS, compiles_shapes=True),
+        Peer("torch-int8", "torch_int8", cpu=("int8",)),
+        Peer("onnxruntime", "onnx_runtime", cpu=("float32", "int8"), packages=("onnxruntime", "onnx")),
+        Peer("openvino", "open_vino", cpu=("float32", "bfloat16", "int8"), packages=("openvino", "nncf")),
+        Peer("ctranslate2", "c_translate2", cpu=("float32", "int8"), packages=("ctranslate2",)),
     )
 }
+
+#: All of them, in the order of tables.
+CONTENDERS = {peer.name: peer for peer in (BASELINE, *PEERS.values(), SUBJECT)}
 
 
 def select(names: Sequence[str], device: str = "cpu") -> list[Peer]:
@@ -87,7 +117,7 @@ def select(names: Sequence[str], device: str = "cpu") -> list[Peer]:
     for peer in PEERS.values():
         if peer.name not in names and "all" not in names:
             continue
-        reason = peer.missing() if device in peer.devices else f"{peer.name} does not run on {device}"
+        reason = peer.missing() if peer.precisions(device) else f"{peer.name} does not run on {device}"
         if reason and peer.name in names:
             raise ValueError(reason)
         if reason:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,10 +45,8 @@ def build(model: Any, precision: str) -> Encode:
 
 def _save(model: Any, folder: Path) -> None:
     """A folder as the converter wants it: with a vocabulary, and with what transformers 5 no longer writes."""
-    copied = copy.copy(model)
-    copied.config = copy.deepcopy(model.config)
-    copied.config.position_embedding_type = "absolute"
-    copied.save_pretrained(folder)
+    model.config.position_embedding_type = "absolute"
+    model.save_pretrained(folder)
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
     tokens = (*special, *(str(token) for token in range(len(special), model.config.vocab_size)))
     BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}).save_pretrained(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +21,6 @@ def build(model: Any, precision: str) -> Encode:
     """See `Peer.build`."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # between calls the cores are the others'
     with TemporaryDirectory() as folder:
         path = _optimized(model, Path(folder))
         if precision == "int8":
@@ -39,12 +37,11 @@ def build(model: Any, precision: str) -> Encode:
 def _optimized(model: Any, folder: Path) -> Path:
     """The model exported, with whole steps (attention, residual and LayerNorm, bias and GELU) as single nodes."""
     exported, optimized = folder / "exported.onnx", folder / "optimized.onnx"
-    eager = copy.deepcopy(model)
-    eager.set_attn_implementation("eager")  # the optimiser finds attention in this form only ...
+    model.set_attn_implementation("eager")  # the optimiser finds attention in this form only ...
     inputs = example(model)
     with quiet():
         torch.onnx.export(
-            LastHiddenState(eager).eval(),
+            LastHiddenState(model).eval(),
             tuple(inputs.values()),
             str(exported),
             dynamo=False,  # ... and as the older exporter writes it

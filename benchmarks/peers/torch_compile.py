@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 
-from bert_fast.benchmarking import Encode
+from bert_fast.benchmarking import Encode, last_hidden_state
 
 
 def build(model: Any, precision: str) -> Encode:
     """See `Peer.build`. Freezing needs that the calls are made without gradients."""
-    torch.compiler.reset()  # or the shapes of models before this one would count towards the limit on recompilations
-    copied = copy.deepcopy(model).to(getattr(torch, precision))
-    compiled = torch.compile(copied, dynamic=False, options={"freezing": True})
-    return lambda inputs: compiled(**inputs).last_hidden_state
+    torch._dynamo.config.recompile_limit = 64  # shapes; the default of 8 is less than a run has
+    compiled = torch.compile(model.to(getattr(torch, precision)), dynamic=False, options={"freezing": True})
+    return last_hidden_state(compiled)

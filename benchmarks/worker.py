@@ -1,0 +1,125 @@
+"""The process of one contender: `python -m benchmarks.worker FD`, started by `benchmarks.processes`.
+
+It serves requests, pickled pairs of a name and arguments, that come over a connection; each is answered with a pair of
+a result and an error's text, one of which is None. Between requests it uses no CPU: the next contender has the cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import pickle
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bert_fast.benchmarking import Memory
+from bert_fast.timing import Call
+
+#: Threads may spin for some time after a call; OpenMP runtimes have up to 0.2 s. Longer than this is a fault.
+LONGEST_SPIN = 5.0
+
+#: What `rest` looks at, in seconds, and the share of it that a process at rest may use.
+REST_WINDOW, REST_SHARE = 0.005, 0.1
+
+
+class Served:
+    """The requests, each a method."""
+
+    call: Call
+    build_peak: int | None = None  # bytes
+
+    def build(
+        self, modules: Sequence[str], make: Callable[[], Callable[[Any], Tensor]], threads: int, device: str
+    ) -> None:
+        """Import the modules, then make the contender on so many threads; memory counts from between the two."""
+        torch.set_num_threads(threads)
+        for module in modules:
+            import_module(module)
+        self.device = device
+        self.libraries = _resident("VmRSS")
+        _reset_peak()
+        self.function = make()
+
+    def give(self, arguments: Any) -> None:
+        """What the contender is called with from now on."""
+        self.call = Call(partial(self.function, arguments), self.device)
+
+    @torch.inference_mode()
+    def answer(self) -> Tensor:
+        """Of a call; in float32."""
+        return self.call.answer().detach().float().cpu()
+
+    @torch.inference_mode()
+    def warm_up(self, calls: int) -> None:
+        """See `Contender`; the memory of calls counts from here, that of building, with its first call, up to here."""
+        self.build_peak = self.build_peak or _resident("VmHWM")
+        _reset_peak()
+        self.call.warm_up(calls)
+
+    @torch.inference_mode()
+    def sample(self) -> float:
+        """See `Contender`."""
+        return self.call.sample()
+
+    def memory(self) -> Memory:
+        """What this contender held, beyond the libraries that were imported before it was made; after `warm_up`."""
+        assert self.build_peak is not None
+        calls, build = (1e-6 * (peak - self.libraries) for peak in (_resident("VmHWM"), self.build_peak))
+        return Memory(calls, build)
+
+
+def _resident(field: str) -> int:
+    """Bytes in RAM: "VmRSS" of now, "VmHWM" of the highest since `_reset_peak`."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def _reset_peak() -> None:
+    """Let the highest be the present, once what is free has been given back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def rest() -> None:
+    """Wait until the threads of this process sleep; RuntimeError when they do not."""
+    deadline = time.monotonic() + LONGEST_SPIN
+    while True:
+        before = time.process_time()
+        time.sleep(REST_WINDOW)
+        used = (time.process_time() - before) / REST_WINDOW
+        if used < REST_SHARE:
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"uses {used:.1f} cores {LONGEST_SPIN:.0f} s after its last call")
+
+
+def serve(connection: Connection) -> None:
+    """Answer requests until the other end is closed."""
+    served = Served()
+    while True:
+        try:
+            name, arguments = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        result, error = None, None
+        try:
+            result = getattr(served, name)(*arguments)
+            rest()
+        except Exception:
+            error = traceback.format_exc()
+        connection.send_bytes(pickle.dumps((result, error)))
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

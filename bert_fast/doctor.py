@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bert_fast import __version__, ops
+from bert_fast import __version__, engine, ops
 from bert_fast.ops import Op, Traits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -36,6 +36,7 @@ def _section(title: str, facts: list[tuple[str, str]]) -> str:
 def _machine() -> str:
     facts = [("CPU", f"{_cpu_model()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads for torch")]
     facts.append(("SIMD", _simd()))
+    facts.append(("packed weights", _packed()))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
@@ -60,6 +61,22 @@ def _simd() -> str:
     except ImportError as error:
         return f"the C++ extension cannot be loaded: {error}"
     return f"{extension.get_isa()} selected of {', '.join(extension.available_isas())} ({extension.build_info()})"
+
+
+def _packed() -> str:
+    """What runs an encoder on the CPU in each precision."""
+    extension = ops.extension()
+    if extension is None:
+        return "none: the C++ extension cannot be loaded; the ops run one by one"
+    isa = extension.get_isa()
+    runs = {precision: "C++" for precision in engine.PRECISIONS}
+    if isa not in ("avx512_bf16",):
+        runs["bf16"] += " (bfloat16 widened to float: this instruction set cannot multiply it)"
+    if isa not in ("avx512_bf16", "avx512_vnni"):
+        runs["int8"] += " (16-bit products: this instruction set has no VNNI)"
+    if engine.prefers_torch("bf16"):
+        runs["bf16"] = "torch's products, which use the CPU's matrix unit (AMX)"
+    return ", ".join(f"{precision} by {how}" for precision, how in runs.items())
 
 
 def _software() -> str:

@@ -219,7 +219,7 @@ def _forward(
     if packed is None and wants_states:
         return None
     inputs = BertInputs(input_ids, attention_mask, token_type_ids, position_ids, cu_seq_lens_q=cu_seq_lens_q)
-    result = _run_packed(bert, packed, inputs, wants_states) if packed else _run_ops(bert, inputs)
+    result = packed.padded(inputs, wants_states) if packed else _run_ops(bert, inputs)
     if result is None:
         return None
     rows, first, states = result
@@ -230,24 +230,6 @@ def _forward(
     )
     return_dict = config.return_dict if return_dict is None else return_dict
     return output if return_dict else output.to_tuple()
-
-
-def _run_packed(
-    bert: Any, packed: engine.Engine, inputs: BertInputs, wants_states: bool
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The last hidden state, the first tokens, and the hidden states if wanted, from packed weights."""
-    if inputs.cu_seq_lens_q is None:
-        assert inputs.input_ids is not None, "the caller has looked"
-        ids = (inputs.input_ids, inputs.attention_mask, inputs.token_type_ids, inputs.position_ids)
-        try:
-            return packed.padded(*ids, want_states=wants_states)
-        except ValueError:
-            inputs.checked(TableSizes.of(bert.embeddings))  # raises the same in the words of the plain path
-            raise
-    ragged, padding = inputs.checked(TableSizes.of(bert.embeddings)).to_ragged()
-    states: list[Tensor] = []
-    rows = packed.rows(ragged, states if wants_states else None)
-    return padding.pad(rows), first_tokens(rows, ragged), [padding.pad(state) for state in states]
 
 
 def _run_ops(bert: Any, inputs: BertInputs) -> tuple[Tensor, Tensor, list[Tensor]] | None:

@@ -1,4 +1,5 @@
-"""The C++ encoder: embeddings to last hidden state in one call, over weights packed once for a CPU.
+"""The CPU's encoders over packed weights: the C++ one, embeddings to last hidden state in one call, and torch's
+products where the CPU has a matrix unit that the C++ kernels do not use.
 
 Packed weights are a copy. `serving` gives the encoder of a tree of modules, looks whether the modules or the parameters
 have changed since they were packed, and packs again when they have.
@@ -6,18 +7,22 @@ have changed since they were packed, and packs again when they have.
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_fast import ops
 from bert_fast.activation import GELU_FORMS
 from bert_fast.checks import is_recorded
+from bert_fast.encoder import encode, first_tokens
+from bert_fast.inputs import BertInputs, TableSizes
 from bert_fast.ragged import Ragged
 
 #: What the products are computed in. fp32 is exact to rounding; bf16 rounds weights and activations to bfloat16; int8
@@ -51,8 +56,35 @@ def check_precision(precision: str | None, free_originals: bool = False) -> None
         raise ValueError("free_originals is True without a precision: the packed weights would be all there is of them")
 
 
-class Engine:
+class Engine(Protocol):
     """Packed weights of an encoder, and forwards over them.
+
+    Attributes:
+        precision: one of `PRECISIONS`.
+    """
+
+    precision: str
+
+    def rows(self, ragged: Ragged, hidden_states: list[Tensor] | None = None) -> Tensor:
+        """The rows of the last layer, (num_tokens, hidden_size); as `encoder.encode`."""
+
+    def vectors(self, ragged: Ragged, modes: Sequence[str], normalize: bool) -> Tensor:
+        """The pooled rows, float32 (batch_size, len(modes) * hidden_size), scaled to length 1 if asked for."""
+
+    def padded(self, inputs: BertInputs, want_states: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """A padded batch: the last hidden state, the first token kept of each row, and the hidden states if wanted.
+
+        Returns:
+            (batch_size, seq_len, hidden_size), zeros where the mask hides a token; (batch_size, hidden_size); and for
+            the embeddings and each layer the same as the first.
+
+        Raises:
+            ValueError: the inputs are not a batch.
+        """
+
+
+class PackedEngine:
+    """The C++ encoder.
 
     Args:
         bert: has `embeddings` and `encoder` with a Hugging Face checkpoint's names, float32 or bfloat16 on the CPU.
@@ -65,19 +97,19 @@ class Engine:
         from bert_fast._C import Encoder
 
         self.precision = precision
-        embeddings, norm, layers = bert.embeddings, bert.embeddings.LayerNorm, bert.encoder.layer
-        tables = [table.weight.detach() for table in embedding_tables(embeddings)]
-        self.dtype = tables[0].dtype
-        #: The tables that the encoder reads; those of fp32 are the parameters themselves.
-        self.tables = tables if precision == "fp32" else [table.bfloat16() for table in tables]
+        norm, layers = bert.embeddings.LayerNorm, bert.encoder.layer
+        tables = [table.weight.detach() for table in embedding_tables(bert.embeddings)]
+        self._dtype, self._sizes = tables[0].dtype, TableSizes.of(bert.embeddings)
+        if precision != "fp32":  # fp32 reads the parameters themselves
+            tables = [table.bfloat16() for table in tables]
         self._encoder = Encoder(
             precision=precision,
             activation=ACTIVATIONS[hidden_act],
             num_heads=num_heads,
-            out_bfloat16=self.dtype == torch.bfloat16,
-            word_embeddings=self.tables[0],
-            position_embeddings=self.tables[1],
-            token_type_embeddings=self.tables[2],
+            out_bfloat16=self._dtype == torch.bfloat16,
+            word_embeddings=tables[0],
+            position_embeddings=tables[1],
+            token_type_embeddings=tables[2],
             norm_weight=norm.weight.detach(),
             norm_bias=norm.bias.detach(),
             norm_eps=norm.eps,
@@ -85,43 +117,78 @@ class Engine:
             layer_norm_eps=[(layer.attention.output.LayerNorm.eps, layer.output.LayerNorm.eps) for layer in layers],
         )
 
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of the packed weights, without the embedding tables."""
-        return int(self._encoder.packed_bytes())
-
     def rows(self, ragged: Ragged, hidden_states: list[Tensor] | None = None) -> Tensor:
-        """The rows of the last layer, (num_tokens, hidden_size); as `encoder.encode`."""
+        """See `Engine`."""
         result = self._encoder.forward(*_ids(ragged), want_states=hidden_states is not None)
         if hidden_states is not None:
             hidden_states.extend(result.states)
         return result.rows
 
     def vectors(self, ragged: Ragged, modes: Sequence[str], normalize: bool) -> Tensor:
-        """The pooled rows, float32 (batch_size, len(modes) * hidden_size), scaled to length 1 if asked for."""
+        """See `Engine`."""
         return self._encoder.forward(*_ids(ragged), want_rows=False, modes=list(modes), normalize=normalize).pooled
 
-    def padded(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        want_states: bool = False,
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """A padded batch: the last hidden state, the first token kept of each row, and the hidden states if wanted.
+    def padded(self, inputs: BertInputs, want_states: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """See `Engine`."""
+        if inputs.input_ids is None or inputs.cu_seq_lens_q is not None:
+            return _pad(self, inputs, self._sizes, want_states)
+        ids = (inputs.input_ids, inputs.attention_mask, inputs.token_type_ids, inputs.position_ids)
+        try:
+            result = self._encoder.forward_padded(*ids, want_states=want_states, modes=["cls"])
+        except ValueError:
+            inputs.checked(self._sizes)  # raises the same in the words of the plain path
+            raise
+        return result.rows, result.pooled.to(self._dtype), result.states
 
-        Returns:
-            (batch_size, seq_len, hidden_size), zeros where the mask hides a token; (batch_size, hidden_size); and for
-            the embeddings and each layer the same as the first.
 
-        Raises:
-            ValueError: the arguments are not a plain batch; `BertInputs.checked` says in which way.
-        """
-        result = self._encoder.forward_padded(
-            input_ids, attention_mask, token_type_ids, position_ids, want_states=want_states, modes=["cls"]
-        )
-        return result.rows, result.pooled.to(self.dtype), result.states
+class TorchEngine:
+    """bf16 by torch's own products, which use a CPU's matrix unit (AMX).
+
+    It runs the ops one by one over a bfloat16 copy of the modules. A text may then give other bits in another batch:
+    torch chooses its product by the batch's size.
+
+    Args:
+        bert, hidden_act, num_heads: as in `PackedEngine`.
+    """
+
+    precision = "bf16"
+
+    def __init__(self, bert: Any, hidden_act: str, num_heads: int) -> None:
+        self._dtype, self._sizes = bert.embeddings.word_embeddings.weight.dtype, TableSizes.of(bert.embeddings)
+        parts = {"embeddings": copy.deepcopy(bert.embeddings), "encoder": copy.deepcopy(bert.encoder)}
+        self._tree = nn.ModuleDict(parts).bfloat16().requires_grad_(False)
+        self._hidden_act, self._num_heads = hidden_act, num_heads
+
+    def rows(self, ragged: Ragged, hidden_states: list[Tensor] | None = None) -> Tensor:
+        """See `Engine`."""
+        states: list[Tensor] | None = None if hidden_states is None else []
+        rows = encode(self._tree, ragged, self._hidden_act, self._num_heads, states)
+        if hidden_states is not None and states is not None:
+            hidden_states.extend(state.to(self._dtype) for state in states)
+        return rows.to(self._dtype)
+
+    def vectors(self, ragged: Ragged, modes: Sequence[str], normalize: bool) -> Tensor:
+        """See `Engine`."""
+        rows = self.rows(ragged)
+        vectors = torch.cat([ops.pooling(rows, ragged.cu_seqlens, mode=mode).float() for mode in modes], dim=1)
+        return F.normalize(vectors, dim=1) if normalize else vectors
+
+    def padded(self, inputs: BertInputs, want_states: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """See `Engine`."""
+        return _pad(self, inputs, self._sizes, want_states)
+
+
+def prefers_torch(precision: str) -> bool:
+    """Whether torch's products are faster here than packed ones: bf16 on a CPU with AMX."""
+    return precision == "bf16" and torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+def _pad(run: Engine, inputs: BertInputs, sizes: TableSizes, want_states: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`Engine.padded` by way of `rows`."""
+    ragged, padding = inputs.checked(sizes).to_ragged()
+    states: list[Tensor] = []
+    rows = run.rows(ragged, states if want_states else None)
+    return padding.pad(rows), first_tokens(rows, ragged), [padding.pad(state) for state in states]
 
 
 def embedding_tables(embeddings: Any) -> list[nn.Embedding]:
@@ -209,12 +276,15 @@ def _look(
     """Look at a tree that is new or has changed, and pack its weights if they have."""
     parameters = [*bert.embeddings.parameters(), *bert.encoder.parameters()]
     differentiable = any(parameter.requires_grad for parameter in parameters)
-    packed = slot.packed if slot is not None and slot.fingerprint[1] == fingerprint[1] else None
+    packed: Engine | None = slot.packed if slot is not None and slot.fingerprint[1] == fingerprint[1] else None
     released = vars(bert).get("bert_fast_released", False)
     serves = _is_servable(bert, parameters, hidden_act) and obstacle() is None
     if serves and packed is None and not released:
         wanted = precision or {torch.float32: "fp32", torch.bfloat16: "bf16"}[parameters[0].dtype]
-        packed = Engine(bert, hidden_act, num_heads, wanted)
+        if prefers_torch(wanted):
+            packed = TorchEngine(bert, hidden_act, num_heads)
+        else:
+            packed = PackedEngine(bert, hidden_act, num_heads, wanted)
     return _Slot(fingerprint, packed, serves, differentiable)
 
 

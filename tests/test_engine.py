@@ -14,7 +14,8 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import bert_fast
 from bert_fast import engine, ops
-from bert_fast.engine import PRECISIONS, Engine
+from bert_fast.engine import PRECISIONS, PackedEngine, TorchEngine
+from bert_fast.inputs import BertInputs
 from bert_fast.ragged import Ragged
 
 pytestmark = pytest.mark.skipif(ops.extension() is None, reason="the C++ extension is not built")
@@ -43,7 +44,7 @@ def ragged(*lengths, seed=0):
 
 def packed(model, precision):
     config = model.config
-    return Engine(model, config.hidden_act, config.num_attention_heads, precision)
+    return PackedEngine(model, config.hidden_act, config.num_attention_heads, precision)
 
 
 def plain(model, batch):
@@ -108,7 +109,7 @@ def test_a_text_gives_the_same_bits_in_every_batch(data, lengths, precision):
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         padded = torch.zeros(mask.shape, dtype=torch.int64)
         padded[mask] = batch.input_ids
-        rows, first, _ = run.padded(padded, mask.int(), None, None)
+        rows, first, _ = run.padded(BertInputs(padded, mask.int()))
         assert torch.equal(rows[mask], torch.cat(together))
         assert not rows[~mask].any()
         for text, value in zip(together, first, strict=True):
@@ -172,6 +173,27 @@ def test_a_precision_is_for_inference_and_training_still_works():
     rows = model(ids).last_hidden_state  # dropout: the definitions run, over the parameters
     (rows * torch.randn(rows.shape)).sum().backward()
     assert model.encoder.layer[0].output.dense.weight.grad.abs().sum() > 0
+
+
+def test_bf16_by_torch(monkeypatch):
+    """What runs where the CPU has AMX."""
+    expected = call(make(), output_hidden_states=True)
+    monkeypatch.setattr(engine, "prefers_torch", lambda precision: precision == "bf16")
+    model = bert_fast.accelerate(make(), precision="bf16", free_originals=True)
+    with torch.no_grad():
+        assert isinstance(engine.serving(model, "gelu", 2), TorchEngine)
+    got = call(model, output_hidden_states=True)
+    for state, value in zip(got.hidden_states, expected.hidden_states, strict=True):
+        assert state.dtype == torch.float32
+        assert 0 < relative_error(state[0], value[0]) < MAX_ERROR["bf16"]
+    assert not got.last_hidden_state[1, 9:].any()
+    run, batch = TorchEngine(make(), "gelu", 2), ragged(5, 0, 33)
+    torch.testing.assert_close(
+        run.vectors(batch, ["mean", "cls"], True),
+        packed(make(), "bf16").vectors(batch, ["mean", "cls"], True),
+        rtol=0,
+        atol=0.02,
+    )
 
 
 CHANGES = {

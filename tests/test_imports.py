@@ -24,7 +24,7 @@ ALLOWED = {
     "reference": LIGHT | {"heads"},
     "ops": {"kernels", "_C", "ops", "checks"},
     "encoder": LIGHT | {"ops"},
-    "engine": LIGHT | {"ops", "_C"},
+    "engine": LIGHT | {"encoder", "ops", "_C"},
     "modules": LIGHT | {"encoder", "engine"} | {"heads", "reference", "ops", "loading"},
     "drop_in": LIGHT | {"encoder", "engine", "modules", "ops"},
 }

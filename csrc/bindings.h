@@ -169,4 +169,7 @@ inline PoolingMode pooling_mode(const std::string& name) {
 // Adds the class Encoder to the module.
 void bind_encoder(pybind11::module_& module);
 
+// Adds the op linear and the packing of its weights to the module.
+void bind_linear(pybind11::module_& module);
+
 }  // namespace bert_fast

@@ -111,7 +111,7 @@ def _torch_linear(
     product = F.linear(x, weight, bias)
     if follows == "gelu":
         return F.gelu(product)
-    return product if follows == "bias" else F.layer_norm(product + residual, bias.shape, *norm, 1e-12)
+    return product if follows == "bias" else F.layer_norm(product + residual, bias.shape, norm[0], norm[1], 1e-12)
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpp"])
@@ -126,7 +126,7 @@ def test_linear(benchmark: Any, op_case: OpCase, product: str, precision: str, i
     rows, dtype = parse_case(op_case.case).num_tokens, torch.float32 if precision == "fp32" else torch.bfloat16
     x, residual = torch.randn(rows, in_features).to(dtype), torch.randn(rows, out_features).to(dtype)
     weight = (torch.randn(out_features, in_features) / in_features**0.5).to(dtype)
-    bias, *norm = torch.randn(3, out_features).to(dtype)
+    bias, norm = torch.randn(out_features).to(dtype), torch.randn(2, out_features).to(dtype)
     packed = ops.PackedWeight.pack(weight, bias, precision=precision)
 
     def fast(dtype: torch.dtype, impl: str) -> Tensor:

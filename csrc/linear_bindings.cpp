@@ -107,13 +107,20 @@ Tensor as_rows(const Tensor& tensor, int64_t rows) {
   return matrix.stride(1) == 1 ? matrix : matrix.contiguous();
 }
 
-// The same in `type`, with zeros up to a whole PANEL; `matrix` itself where it is like that.
+// Memory for rows of `size` values, with zeros from there to a whole PANEL.
+Tensor room_for(int64_t rows, int64_t size, at::ScalarType type) {
+  const int64_t width = round_up_to_panel(size);
+  Tensor result = at::empty({rows, width}, at::TensorOptions(type));
+  if (size < width) result.narrow(1, size, width - size).zero_();
+  return result;
+}
+
+// `matrix` in `type`, padded like that; `matrix` itself where it is so.
 Tensor padded(const Tensor& matrix, at::ScalarType type) {
-  const int64_t size = matrix.size(1), width = round_up_to_panel(size);
-  if (width == size) return matrix.to(type);
-  Tensor result = at::empty({matrix.size(0), width}, matrix.options().dtype(type));
+  const int64_t size = matrix.size(1);
+  if (size % PANEL == 0) return matrix.to(type);
+  Tensor result = room_for(matrix.size(0), size, type);
   result.narrow(1, 0, size).copy_(matrix);
-  result.narrow(1, size, width - size).zero_();
   return result;
 }
 
@@ -148,15 +155,13 @@ void schedule(int64_t rows, int64_t panels, int64_t depth, const Prepare& prepar
   }
 }
 
-Tensor linear(const Tensor& x, const Tensor& panels, const Tensor& vectors, int64_t out_features, int64_t in_features,
-              const std::optional<std::string>& activation_name, const std::optional<Tensor>& residual,
-              const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps) {
+// The shape of the result.
+std::vector<int64_t> checked_shape(const Tensor& x, int64_t out_features, int64_t in_features, bool activates,
+                                   const std::optional<Tensor>& residual, const std::optional<Tensor>& norm_weight,
+                                   const std::optional<Tensor>& norm_bias, double eps) {
   check_kind(OP, "x", x, "x", x);
-  const int64_t index = checked_precision(panels, vectors, out_features, in_features);
-  const auto precision = static_cast<Precision>(index);
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) == in_features, OP, ": x has shape ", shape_text(x.sizes()),
                     ", expected (..., ", in_features, ")");
-  const Activation activation = checked_activation(activation_name);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = out_features;
   if (residual.has_value()) {
@@ -173,32 +178,40 @@ Tensor linear(const Tensor& x, const Tensor& panels, const Tensor& vectors, int6
     check_shape(OP, "layer_norm bias", *norm_bias, {out_features});
     TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0, OP, ": eps is ", eps, ", expected a number from 0 on");
   }
-  TORCH_CHECK_VALUE(activation == Activation::none || !(residual.has_value() || normalizes), OP, ": activation is '",
-                    activation_name.value_or(""), "' with a residual or a LayerNorm, expected one or the other");
+  TORCH_CHECK_VALUE(!activates || !(residual.has_value() || normalizes), OP,
+                    ": an activation is given with a residual or a LayerNorm, expected one or the other");
+  return shape;
+}
+
+Tensor linear(const Tensor& x, const Tensor& panels, const Tensor& vectors, int64_t out_features, int64_t in_features,
+              const std::optional<std::string>& activation_name, const std::optional<Tensor>& residual,
+              const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps) {
+  const int64_t index = checked_precision(panels, vectors, out_features, in_features);
+  const Activation activation = checked_activation(activation_name);
+  const bool activates = activation != Activation::none, normalizes = norm_weight.has_value();
+  const std::vector<int64_t> shape =
+      checked_shape(x, out_features, in_features, activates, residual, norm_weight, norm_bias, eps);
 
   const KernelTable& table = chosen_kernels();
   const PrecisionKernels& kernels = table.precisions[index];
+  const bool is_fp32 = index == static_cast<int64_t>(Precision::fp32);
+  const bool is_int8 = index == static_cast<int64_t>(Precision::int8), is_bfloat16 = x.scalar_type() == at::kBFloat16;
   const int64_t rows = x.numel() / in_features, width = round_up_to_panel(out_features);
   const int64_t depth = round_up_to_panel(in_features);
-  const bool is_int8 = precision == Precision::int8, is_bfloat16 = x.scalar_type() == at::kBFloat16;
-  // The kernels write floats where there is a residual, or an activation before another quantisation.
-  const bool writes_floats =
-      precision == Precision::fp32 ||
-      (activation != Activation::none ? is_int8 : residual.has_value() || normalizes || !is_bfloat16);
-  const auto out_type = writes_floats ? at::kFloat : at::kBFloat16;
-  const at::TensorOptions floats = x.options().dtype(at::kFloat);
 
   const Tensor source = as_rows(x, rows);
-  const Tensor input = is_int8 ? at::zeros({rows, depth}, x.options().dtype(at::kByte))
-                               : padded(source, WEIGHT_TYPES[static_cast<size_t>(index)]);
-  const Tensor scales = at::empty({2, is_int8 ? rows : 0}, floats);
+  const Tensor input = is_int8 ? room_for(rows, in_features, at::kByte) : padded(source, panels.scalar_type());
+  const Tensor scales = at::empty({2, is_int8 ? rows : 0}, at::kFloat);
+  // The kernels write floats in fp32, where there is a residual, and where an activation is to be quantised.
+  const bool wants_floats = residual.has_value() || normalizes || !is_bfloat16;
+  const bool writes_floats = is_fp32 || (activates ? is_int8 : wants_floats);
   Tensor added;
   if (residual.has_value()) {
     added = padded(as_rows(*residual, rows), at::kFloat);
-  } else if (precision != Precision::fp32 && activation == Activation::none && writes_floats) {
-    added = at::zeros({1, width}, floats).expand({rows, width});  // a sum with it is what writes floats
+  } else if (!is_fp32 && !activates && wants_floats) {
+    added = at::zeros({1, width}, at::kFloat).expand({rows, width});
   }
-  const Tensor product = at::empty({rows, width}, x.options().dtype(out_type));
+  const Tensor product = at::empty({rows, width}, writes_floats ? at::kFloat : at::kBFloat16);
   Linear args{};
   args.weight = {panels.const_data_ptr(), data<float>(vectors), data<float>(vectors) + width,
                  data<float>(vectors) + 2 * width, depth};
@@ -214,7 +227,8 @@ Tensor linear(const Tensor& x, const Tensor& panels, const Tensor& vectors, int6
 
   const Tensor gain = normalizes ? contiguous(norm_weight->to(at::kFloat)) : Tensor();
   const Tensor shift = normalizes ? contiguous(norm_bias->to(at::kFloat)) : Tensor();
-  const Tensor normalized = normalizes ? at::empty({rows, out_features}, floats) : product.narrow(1, 0, out_features);
+  const Tensor normalized =
+      normalizes ? at::empty({rows, out_features}, at::kFloat) : product.narrow(1, 0, out_features);
   Normalize norm{};
   if (normalizes) {
     norm = {data<float>(product),

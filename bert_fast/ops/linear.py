@@ -133,7 +133,8 @@ def reference(
 ) -> Tensor:
     """The definition: what is rounded is rounded, and all else is done in x's dtype.
 
-    The gradient passes through the rounding of x as if it were not there, and none reaches the packed weights.
+    The gradient passes through the rounding of x as if it were not there (in bf16, rounded, as a cast passes it), and
+    none reaches the packed weights.
     """
     panels, vectors = panels.detach(), vectors.detach()
     if panels.dtype == torch.bfloat16:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from implementations import Implementation
+from implementations import Implementation, parameters
 from layouts import LAYOUTS
 from numerics import assert_no_worse
 from torch import Tensor
@@ -25,9 +25,14 @@ from bert_fast.ops.linear import ACTIVATIONS, PRECISIONS, PackedWeight, quantize
 EPILOGUES = ("bias", *ACTIVATIONS, "residual", "residual and LayerNorm", "LayerNorm")
 EPS = 1e-12
 
+#: Weights are packed for the CPU: no Triton here.
+on_cpu = pytest.mark.parametrize(
+    "implementation", [p for p in parameters() if p.values[0].name == "cpp"], indirect=True
+)
+
 # (rows, in_features, out_features)
 SHAPES = {
-    "one element": (1, 1, 1),
+    "one input feature": (1, 1, 8),
     "one row": (1, 64, 96),
     "no dimension a multiple of a panel": (5, 33, 31),
     "more rows than one tile, one column past a panel": (33, 40, 65),
@@ -60,10 +65,13 @@ def in_dtype(args: list[Any], dtype: torch.dtype) -> list[Any]:
 
 
 def assert_right(fast: Tensor, args: list[Any]) -> None:
-    """No worse than the definition in the type that the kernels compute in, or store the activation in."""
+    """No worse than the definition in x's dtype, or in bfloat16 where that is the precision.
+
+    In int8 the exact GELU has an error that only disappears beside a rounding to bfloat16 or less.
+    """
     x, panels, activation = args[0], args[1], args[5]
-    rounds = panels.dtype == torch.bfloat16 or (panels.dtype == torch.int8 and activation == "gelu")
-    plain_dtype = torch.bfloat16 if activation is not None and rounds else x.dtype
+    is_bfloat16 = panels.dtype == torch.bfloat16 or (panels.dtype == torch.int8 and activation == "gelu")
+    plain_dtype = torch.bfloat16 if is_bfloat16 else x.dtype
     assert fast.is_contiguous()
     plain = reference(*in_dtype(args, plain_dtype)).to(x.dtype)
     assert_no_worse(fast, plain, reference(*in_dtype(args, torch.float64)))
@@ -79,25 +87,20 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@pytest.fixture
-def cpp(implementation: Implementation) -> Implementation:
-    if implementation.name != "cpp":
-        pytest.skip("weights are packed for the CPU")
-    return implementation
-
-
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_forward(cpp: Implementation, shape: tuple[int, int, int], precision: str, epilogue: str) -> None:
+@on_cpu
+def test_forward(implementation: Implementation, shape: tuple[int, int, int], precision: str, epilogue: str) -> None:
     rows, in_features, out_features = shape
-    args = arguments(cpp.randn(rows, in_features), packed(precision, out_features, in_features), epilogue)
-    assert_right(cpp("linear", *args), args)
+    args = arguments(implementation.randn(rows, in_features), packed(precision, out_features, in_features), epilogue)
+    assert_right(implementation("linear", *args), args)
 
 
+@on_cpu
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     leading=st.lists(st.integers(0, 9), max_size=3),
@@ -108,7 +111,7 @@ def test_forward(cpp: Implementation, shape: tuple[int, int, int], precision: st
     seed=st.integers(0, 2**31),
 )
 def test_any_shape(
-    cpp: Implementation,
+    implementation: Implementation,
     leading: list[int],
     in_features: int,
     out_features: int,
@@ -117,44 +120,54 @@ def test_any_shape(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    args = arguments(cpp.randn(*leading, in_features), packed(precision, out_features, in_features), epilogue)
-    fast = cpp("linear", *args)
+    args = arguments(
+        implementation.randn(*leading, in_features), packed(precision, out_features, in_features), epilogue
+    )
+    fast = implementation("linear", *args)
     assert fast.shape == (*leading, out_features)
-    assert fast.dtype == cpp.dtype
+    assert fast.dtype == implementation.dtype
     assert fast.isfinite().all()
     truth = reference(*in_dtype(args, torch.float64))
     if fast.numel() and "LayerNorm" not in epilogue:  # the LayerNorm of a few columns magnifies any error
-        step = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-5}[precision]
-        allowed = max(step, 4e-2 if cpp.dtype == torch.bfloat16 else 0, 2e-4 if epilogue == "gelu" else 0)
+        rounds = implementation.dtype == torch.bfloat16 or (precision == "bf16" and epilogue in ACTIVATIONS)
+        allowed = 1e-2 if rounds else 2e-4 if (precision, epilogue) == ("int8", "gelu") else 1e-5
         assert (fast.double() - truth).abs().max() <= allowed * (1 + truth.abs().max())
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("in_features", [36, 64])  # padded, and used as it lies
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_layouts(cpp: Implementation, layout: Callable[[Tensor], Tensor], in_features: int, precision: str) -> None:
-    args = arguments(cpp.randn(4, 3, in_features), packed(precision, 40, in_features), "residual and LayerNorm")
-    expected = cpp("linear", *args)
+@on_cpu
+def test_layouts(
+    implementation: Implementation, layout: Callable[[Tensor], Tensor], in_features: int, precision: str
+) -> None:
+    args = arguments(
+        implementation.randn(4, 3, in_features), packed(precision, 40, in_features), "residual and LayerNorm"
+    )
+    expected = implementation("linear", *args)
     others = [layout(a) if isinstance(a, Tensor) and i not in (1, 2) else a for i, a in enumerate(args)]
-    assert torch.equal(cpp("linear", *others), expected)
+    assert torch.equal(implementation("linear", *others), expected)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_expanded(cpp: Implementation, precision: str) -> None:
-    row = cpp.randn(64)
+@on_cpu
+def test_expanded(implementation: Implementation, precision: str) -> None:
+    row = implementation.randn(64)
     args = arguments(row.expand(5, 64), packed(precision, 40, 64), "bias")
-    assert torch.equal(cpp("linear", *args), cpp("linear", row, *args[1:]).expand(5, 40))
+    assert torch.equal(implementation("linear", *args), implementation("linear", row, *args[1:]).expand(5, 40))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)], ids=str)
-def test_no_rows(cpp: Implementation, shape: tuple[int, ...], precision: str) -> None:
+@on_cpu
+def test_no_rows(implementation: Implementation, shape: tuple[int, ...], precision: str) -> None:
     for epilogue in EPILOGUES:
-        out = cpp("linear", *arguments(cpp.randn(*shape), packed(precision, 5, 8), epilogue))
+        out = implementation("linear", *arguments(implementation.randn(*shape), packed(precision, 5, 8), epilogue))
         assert out.shape == (*shape[:-1], 5)
-        assert out.dtype == cpp.dtype
+        assert out.dtype == implementation.dtype
 
 
+@on_cpu
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 40),
@@ -164,7 +177,7 @@ def test_no_rows(cpp: Implementation, shape: tuple[int, ...], precision: str) ->
     seed=st.integers(0, 2**31),
 )
 def test_8_bit_integers_are_exact(
-    cpp: Implementation, rows: int, in_features: int, out_features: int, with_residual: bool, seed: int
+    implementation: Implementation, rows: int, in_features: int, out_features: int, with_residual: bool, seed: int
 ) -> None:
     """Rows from 0 to 255 have a scale of 1, as have weights to 127; the sums fit a float, and all of them are right."""
     torch.manual_seed(seed)
@@ -174,16 +187,19 @@ def test_8_bit_integers_are_exact(
         x[:, 0], x[:, -1] = 0, 255
     weight[:, 0] = 127
     bias = torch.randint(-9, 10, (out_features,)).float()
-    exact = (x.double() @ weight.double().T + bias.double()).to(cpp.dtype)
-    residual = torch.zeros(rows, out_features).to(cpp.dtype) if with_residual else None
+    exact = (x.double() @ weight.double().T + bias.double()).to(implementation.dtype)
+    residual = torch.zeros(rows, out_features).to(implementation.dtype) if with_residual else None
     packed_weight = PackedWeight.pack(weight, bias, precision="int8")
     args = (packed_weight.panels, packed_weight.vectors, out_features, in_features)
-    assert torch.equal(cpp("linear", x.to(cpp.dtype), *args, None, residual, None, None, EPS), exact)
+    assert torch.equal(
+        implementation("linear", x.to(implementation.dtype), *args, None, residual, None, None, EPS), exact
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- rows on their own
 
 
+@on_cpu
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 300),
@@ -194,7 +210,7 @@ def test_8_bit_integers_are_exact(
     data=st.data(),
 )
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(
-    cpp: Implementation,
+    implementation: Implementation,
     rows: int,
     in_features: int,
     out_features: int,
@@ -202,38 +218,42 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(
     epilogue: str,
     data: st.DataObject,
 ) -> None:
-    args = arguments(cpp.randn(rows, in_features), packed(precision, out_features, in_features), epilogue)
+    args = arguments(implementation.randn(rows, in_features), packed(precision, out_features, in_features), epilogue)
     with threads(1):
-        expected = cpp("linear", *args)
+        expected = implementation("linear", *args)
     with threads(2):
-        assert torch.equal(cpp("linear", *args), expected)
+        assert torch.equal(implementation("linear", *args), expected)
     begin = data.draw(st.integers(0, rows - 1))
     end = data.draw(st.integers(begin + 1, rows))
     for first, last in ((begin, end), (begin, begin + 1)):
         part = [a[first:last] if i in (0, 6) and a is not None else a for i, a in enumerate(args)]
         for count in (1, 2):
             with threads(count):
-                assert torch.equal(cpp("linear", *part), expected[first:last])
+                assert torch.equal(implementation("linear", *part), expected[first:last])
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_many_and_few_rows_have_the_same_bits(cpp: Implementation, precision: str, epilogue: str) -> None:
+@on_cpu
+def test_many_and_few_rows_have_the_same_bits(implementation: Implementation, precision: str, epilogue: str) -> None:
     # At two threads 40 rows share the columns, 400 rows the rows.
-    args = arguments(cpp.randn(400, 384), packed(precision, 416, 384), epilogue)
+    args = arguments(implementation.randn(400, 384), packed(precision, 416, 384), epilogue)
     few = [a[:40] if i in (0, 6) and a is not None else a for i, a in enumerate(args)]
     with threads(2):
-        assert torch.equal(cpp("linear", *few), cpp("linear", *args)[:40])
+        assert torch.equal(implementation("linear", *few), implementation("linear", *args)[:40])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_what_is_not_finite_stays_in_its_row(cpp: Implementation, precision: str, epilogue: str, value: float) -> None:
-    args = arguments(cpp.randn(7, 40), packed(precision, 33, 40), epilogue)
-    clean = cpp("linear", *args)
+@on_cpu
+def test_what_is_not_finite_stays_in_its_row(
+    implementation: Implementation, precision: str, epilogue: str, value: float
+) -> None:
+    args = arguments(implementation.randn(7, 40), packed(precision, 33, 40), epilogue)
+    clean = implementation("linear", *args)
     args[0][2, 3] = value
-    out = cpp("linear", *args)
+    out = implementation("linear", *args)
     if precision == "int8":
         assert out[2].isnan().all()
     else:
@@ -376,7 +396,8 @@ def test_gradients_pass_through_the_rounding(precision: str) -> None:
     upstream = torch.randn(3, 5)
     grad_x, grad_residual = torch.autograd.grad(ops.linear(x, weight, residual=residual), (x, residual), upstream)
     matrix = unpack(weight.panels, weight.vectors, 5, 6, torch.float32)
-    torch.testing.assert_close(grad_x, upstream @ matrix)
+    rounds = precision == "bf16"  # as the cast of x back and forth does
+    torch.testing.assert_close(grad_x, upstream @ matrix, rtol=2**-8 if rounds else 1e-5, atol=1e-5)
     assert torch.equal(grad_residual, upstream)
 
 
@@ -408,15 +429,23 @@ REFUSED = {
     "panels of another matrix": (
         (X, PackedWeight(torch.zeros(1, 32, 32, 1), torch.zeros(3, 32), 33, 3)),
         {},
-        r"which no packing of \(33, 3\) gives",
+        r"weight has panels of .*, which no packing of \(33, 3\) gives",
     ),
     "panels not dense": (
         (X, PackedWeight(torch.zeros(1, 1, 1, 1).expand(1, 32, 32, 1), torch.zeros(3, 32), 5, 3)),
         {},
-        r"which no packing of \(5, 3\) gives",
+        r"weight has panels of .*, which no packing of \(5, 3\) gives",
     ),
-    "vectors too short": ((X, PackedWeight(WEIGHT.panels, torch.zeros(3, 5), 5, 3)), {}, "which no packing of"),
-    "panels of doubles": ((X, PackedWeight(WEIGHT.panels.double(), WEIGHT.vectors, 5, 3)), {}, "which no packing of"),
+    "vectors too short": (
+        (X, PackedWeight(WEIGHT.panels, torch.zeros(3, 5), 5, 3)),
+        {},
+        "weight has panels of .*, which no packing of",
+    ),
+    "panels of doubles": (
+        (X, PackedWeight(WEIGHT.panels.double(), WEIGHT.vectors, 5, 3)),
+        {},
+        "weight has panels of .*, which no packing of",
+    ),
 }
 
 

@@ -107,21 +107,28 @@ Tensor as_rows(const Tensor& tensor, int64_t rows) {
   return matrix.stride(1) == 1 ? matrix : matrix.contiguous();
 }
 
-// Memory for rows of `size` values, with zeros from there to a whole PANEL.
+// Memory for rows of `size` values, with zeros from there to a whole PANEL, each a cache line longer than that.
 Tensor room_for(int64_t rows, int64_t size, at::ScalarType type) {
-  const int64_t width = round_up_to_panel(size);
-  Tensor result = at::empty({rows, width}, at::TensorOptions(type));
+  const int64_t width = round_up_to_panel(size), line = 64 / static_cast<int64_t>(c10::elementSize(type));
+  const Tensor result = at::empty({rows, width + line}, type).narrow(1, 0, width);
   if (size < width) result.narrow(1, size, width - size).zero_();
   return result;
 }
 
-// `matrix` in `type`, padded like that; `matrix` itself where it is so.
-Tensor padded(const Tensor& matrix, at::ScalarType type) {
+// `matrix` in `type` with zeros up to a whole PANEL; a copy where it is not like that, or where `copies`.
+Tensor padded(const Tensor& matrix, at::ScalarType type, bool copies = false) {
   const int64_t size = matrix.size(1);
-  if (size % PANEL == 0) return matrix.to(type);
-  Tensor result = room_for(matrix.size(0), size, type);
+  if (!copies && size % PANEL == 0 && matrix.scalar_type() == type) return matrix;
+  const Tensor result = room_for(matrix.size(0), size, type);
   result.narrow(1, 0, size).copy_(matrix);
   return result;
+}
+
+// Whether the rows of a tile fall into one set of the first-level cache, and are read often enough for a copy to pay.
+bool rows_collide(const Tensor& matrix, int64_t out_features) {
+  constexpr int64_t way_bytes = 4096, min_rows = 9, min_reads = 256;
+  return matrix.stride(0) * static_cast<int64_t>(matrix.element_size()) % way_bytes == 0 &&
+         matrix.size(0) >= min_rows && out_features >= min_reads;
 }
 
 // task(i) for every i < count, each on whichever of `workers` threads is free.
@@ -200,7 +207,8 @@ Tensor linear(const Tensor& x, const Tensor& panels, const Tensor& vectors, int6
   const int64_t depth = round_up_to_panel(in_features);
 
   const Tensor source = as_rows(x, rows);
-  const Tensor input = is_int8 ? room_for(rows, in_features, at::kByte) : padded(source, panels.scalar_type());
+  const Tensor input = is_int8 ? room_for(rows, in_features, at::kByte)
+                               : padded(source, panels.scalar_type(), rows_collide(source, out_features));
   const Tensor scales = at::empty({2, is_int8 ? rows : 0}, at::kFloat);
   // The kernels write floats in fp32, where there is a residual, and where an activation is to be quantised.
   const bool wants_floats = residual.has_value() || normalizes || !is_bfloat16;
@@ -238,12 +246,8 @@ Tensor linear(const Tensor& x, const Tensor& panels, const Tensor& vectors, int6
   }
   const auto prepare = [&](int64_t begin, int64_t end) {
     if (!is_int8) return;
-    const Quantize bytes{source.const_data_ptr(),
-                         source.stride(0),
-                         in_features,
-                         mutable_data<uint8_t>(input),
-                         depth,
-                         mutable_data<float>(scales),
+    const Quantize bytes{source.const_data_ptr(),           source.stride(0), in_features,
+                         mutable_data<uint8_t>(input),      input.stride(0),  mutable_data<float>(scales),
                          mutable_data<float>(scales) + rows};
     (is_bfloat16 ? table.bf16.quantize : table.f32.quantize)(bytes, begin, end);
   };

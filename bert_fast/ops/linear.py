@@ -125,11 +125,11 @@ def reference(
     vectors: Tensor,
     out_features: int,
     in_features: int,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-12,
+    activation: str | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
 ) -> Tensor:
     """The definition: what is rounded is rounded, and all else is done in x's dtype.
 
@@ -158,11 +158,11 @@ def check(
     vectors: Tensor,
     out_features: int,
     in_features: int,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-12,
+    activation: str | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
 ) -> None:
     """ValueError for shapes, dtypes, devices or an epilogue that no implementation takes."""
     op = "linear"
@@ -215,11 +215,11 @@ def fake(
     vectors: Tensor,
     out_features: int,
     in_features: int,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-12,
+    activation: str | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
 ) -> Tensor:
     """Shape and dtype of the result."""
     return x.new_empty((*x.shape[:-1], out_features))
@@ -233,8 +233,8 @@ def _load_cpp() -> Callable[..., Tensor]:
 
 OP = Op(
     "linear",
-    "(Tensor x, Tensor panels, Tensor vectors, int out_features, int in_features, str? activation=None,"
-    " Tensor? residual=None, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-12) -> Tensor",
+    "(Tensor x, Tensor panels, Tensor vectors, int out_features, int in_features, str? activation,"
+    " Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, float eps) -> Tensor",
     reference=reference,
     fake=fake,
     check=check,

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +40,7 @@ SHAPES = {
     "MiniLM's second feed-forward product, few rows": (16, 1536, 384),
     "more rows than one block": (150, 64, 40),
     "BERT-base's longest sum": (20, 3072, 64),
+    "rows whose starts share a set of the cache": (12, 2048, 256),
 }
 
 
@@ -241,6 +243,14 @@ def test_many_and_few_rows_have_the_same_bits(implementation: Implementation, pr
     few = [a[:40] if i in (0, 6) and a is not None else a for i, a in enumerate(args)]
     with threads(2):
         assert torch.equal(implementation("linear", *few), implementation("linear", *args)[:40])
+
+
+def test_many_callers_at_once() -> None:
+    weight, inputs = packed("int8", 200, 300), [torch.randn(rows, 300) for rows in range(1, 65)]
+    expected = [ops.linear(x, weight, activation="gelu") for x in inputs]
+    with ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(lambda x: ops.linear(x, weight, activation="gelu"), inputs))
+    assert all(map(torch.equal, results, expected))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

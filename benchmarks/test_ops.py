@@ -105,9 +105,7 @@ def test_op(benchmark: Any, op: str, op_case: OpCase, dtype: torch.dtype, impl: 
         benchmark(call)
 
 
-def _torch_linear(
-    x: Tensor, weight: Tensor, bias: Tensor, follows: str, residual: Tensor, norm: list[Tensor]
-) -> Tensor:
+def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor, follows: str, residual: Tensor, norm: Tensor) -> Tensor:
     product = F.linear(x, weight, bias)
     if follows == "gelu":
         return F.gelu(product)

@@ -236,14 +236,7 @@ Tensor linear(const Tensor& x, const Tensor& panels, const Tensor& vectors, int6
   const Tensor gain = normalizes ? contiguous(norm_weight->to(at::kFloat)) : Tensor();
   const Tensor shift = normalizes ? contiguous(norm_bias->to(at::kFloat)) : Tensor();
   const Tensor normalized =
-      normalizes ? at::empty({rows, out_features}, at::kFloat) : product.narrow(1, 0, out_features);
-  Normalize norm{};
-  if (normalizes) {
-    norm = {data<float>(product),
-            width,
-            {data<float>(gain), data<float>(shift), out_features, static_cast<float>(eps)},
-            {mutable_data<float>(normalized), out_features, nullptr, 0, nullptr, nullptr}};
-  }
+      normalizes ? at::empty({rows, out_features}, x.options()) : product.narrow(1, 0, out_features);
   const auto prepare = [&](int64_t begin, int64_t end) {
     if (!is_int8) return;
     const Quantize bytes{source.const_data_ptr(),           source.stride(0), in_features,
@@ -255,7 +248,14 @@ Tensor linear(const Tensor& x, const Tensor& panels, const Tensor& vectors, int6
     kernels.linear(args, row_begin, row_end, panel_begin, panel_end);
   };
   const auto finish = [&](int64_t begin, int64_t end) {
-    if (normalizes) table.precisions[static_cast<int>(Precision::fp32)].normalize(norm, begin, end);
+    if (!normalizes) return;
+    const LayerNorm<float> norm{data<float>(gain), data<float>(shift), out_features, static_cast<float>(eps)};
+    const Precision stored = is_bfloat16 ? Precision::bf16 : Precision::fp32;
+    const auto scratch = allocate<float>(out_features);  // one row, before it is rounded
+    const Prepared out = is_bfloat16
+                             ? Prepared{scratch.get(), 0, normalized.mutable_data_ptr(), out_features, nullptr, nullptr}
+                             : Prepared{mutable_data<float>(normalized), out_features, nullptr, 0, nullptr, nullptr};
+    table.precisions[static_cast<int>(stored)].normalize({data<float>(product), width, norm, out}, begin, end);
   };
   if (rows > 0) schedule(rows, panels.size(0), depth, prepare, multiply, finish);
   return normalized.to(x.scalar_type()).contiguous().view(shape);

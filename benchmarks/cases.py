@@ -80,3 +80,14 @@ OP_CASES = (
     OpCase("base", BERT_BASE, "16x128", "hidden_size 768, head_dim 64: the sizes of most checkpoints"),
     OpCase("base", BERT_BASE, "2x512", "the longest sequences: attention outweighs the rest"),
 )
+
+
+def products(config: BertConfig) -> dict[str, tuple[int, int, str]]:
+    """The products of a layer: name -> in_features, out_features, and what follows (`benchmarks/test_ops.py`)."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    return {
+        "qkv": (hidden, 3 * hidden, "bias"),
+        "attention output": (hidden, hidden, "residual and LayerNorm"),
+        "intermediate": (hidden, wide, "gelu"),
+        "output": (wide, hidden, "residual and LayerNorm"),
+    }

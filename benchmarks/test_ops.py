@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import OP_CASES, OpCase
+from benchmarks.cases import OP_CASES, OpCase, products
 from bert_fast import ops
 from bert_fast.benchmarking import Case, parse_case
 from bert_fast.config import BertConfig
@@ -103,6 +104,50 @@ def test_op(benchmark: Any, op: str, op_case: OpCase, dtype: torch.dtype, impl: 
         allowed = 2 * relative_error(function(*args, **options, impl="reference"), truth) + torch.finfo(dtype).eps
         assert relative_error(call(), truth) <= allowed
         benchmark(call)
+
+
+def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor, follows: str, residual: Tensor, norm: Tensor) -> Tensor:
+    product = F.linear(x, weight, bias)
+    if follows == "gelu":
+        return F.gelu(product)
+    return product if follows == "bias" else F.layer_norm(product + residual, bias.shape, norm[0], norm[1], 1e-12)
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("product", products(OP_CASES[0].config))
+@pytest.mark.parametrize("op_case", OP_CASES, ids=lambda op_case: f"{op_case.model}-{op_case.case}")
+def test_linear(benchmark: Any, op_case: OpCase, product: str, precision: str, impl: str) -> None:
+    """Packed products against torch's own, in float32 for "fp32" and in bfloat16, its narrowest, for the others."""
+    benchmark.group = f"linear, {op_case.model} {op_case.case}, {product}, {precision}"
+    torch.manual_seed(0)
+    in_features, out_features, follows = products(op_case.config)[product]
+    rows, dtype = parse_case(op_case.case).num_tokens, torch.float32 if precision == "fp32" else torch.bfloat16
+    x, residual = torch.randn(rows, in_features).to(dtype), torch.randn(rows, out_features).to(dtype)
+    weight = (torch.randn(out_features, in_features) / in_features**0.5).to(dtype)
+    bias, norm = torch.randn(out_features).to(dtype), torch.randn(2, out_features).to(dtype)
+    packed = ops.PackedWeight.pack(weight, bias, precision=precision)
+
+    def fast(dtype: torch.dtype, impl: str) -> Tensor:
+        gain, shift = (vector.to(dtype) for vector in norm)
+        has_norm = follows == "residual and LayerNorm"
+        return ops.linear(
+            x.to(dtype),
+            packed,
+            activation="gelu" if follows == "gelu" else None,
+            residual=residual.to(dtype) if has_norm else None,
+            layer_norm=(gain, shift, 1e-12) if has_norm else None,
+            impl=impl,
+        )
+
+    with torch.inference_mode():
+        truth = fast(torch.float64, "reference")
+        allowed = 2 * relative_error(fast(dtype, "reference"), truth) + torch.finfo(dtype).eps
+        assert relative_error(fast(dtype, "cpp"), truth) <= allowed
+        if impl == "cpp":
+            benchmark(lambda: fast(dtype, "cpp"))
+        else:
+            benchmark(lambda: _torch_linear(x, weight, bias, follows, residual, norm))
 
 
 @pytest.mark.parametrize("part", ["select", "run", "call"])

@@ -44,6 +44,22 @@ def attention(
     out: Tensor | None = None,
 ) -> Tensor: ...
 def pooling(hidden: Tensor, cu_seqlens: Tensor, mode: str, /) -> Tensor: ...
+def linear(
+    x: Tensor,
+    panels: Tensor,
+    vectors: Tensor,
+    out_features: int,
+    in_features: int,
+    activation: str | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    /,
+) -> Tensor: ...
+def pack_weight(weight: Tensor, bias: Tensor, precision: str, /) -> tuple[Tensor, Tensor]:
+    """The panels and vectors of a `bert_fast.ops.PackedWeight`; weight and bias are float32."""
+
 def available_isas() -> list[str]:
     """Instruction sets that this machine has, best last."""
 

@@ -182,9 +182,8 @@ class Encoder::Forward {
     for (int64_t i = 0; i < threads_; ++i) {
       const int64_t owner = (worker + i) % threads_;
       const std::vector<Chunk>& chunks = dealt.chunks[static_cast<size_t>(owner)];
-      team.claim(owner, static_cast<int64_t>(chunks.size()), [&](int64_t chunk) {
-        run_chunk(dealt, chunks[static_cast<size_t>(chunk)], space);
-      });
+      team.claim(owner, static_cast<int64_t>(chunks.size()),
+                 [&](int64_t chunk) { run_chunk(dealt, chunks[static_cast<size_t>(chunk)], space); });
     }
   }
 
@@ -196,7 +195,8 @@ class Encoder::Forward {
       rows = row;
     };
     each_sequence([&](int64_t sequence, int64_t row) { embed(space, row, first_token(sequence), length(sequence)); });
-    each_sequence([&](int64_t sequence, int64_t row) { emit_state(0, space, row, first_token(sequence), length(sequence)); });
+    each_sequence(
+        [&](int64_t sequence, int64_t row) { emit_state(0, space, row, first_token(sequence), length(sequence)); });
     for (int64_t layer = 0; layer < num_layers(); ++layer) {
       project_qkv(layer, space, {0, rows}, all_panels(encoder_.layers_[static_cast<size_t>(layer)].qkv));
       each_sequence([&](int64_t sequence, int64_t row) {
@@ -313,8 +313,8 @@ class Encoder::Forward {
                             space.input.stride(),
                             int8 ? space.scales.get() : nullptr,
                             int8 ? space.minimum(0) : nullptr};
-    const LayerNorm<float> layer_norm{norm.values.data(), norm.values.data() + config_.hidden_size,
-                                      config_.hidden_size, norm.eps};
+    const LayerNorm<float> layer_norm{norm.values.data(), norm.values.data() + config_.hidden_size, config_.hidden_size,
+                                      norm.eps};
     kernels_.normalize({space.product.row(0), space.product.stride(), layer_norm, prepared}, rows.begin, rows.end);
   }
 
@@ -333,9 +333,8 @@ class Encoder::Forward {
       const AttentionStrides in{stride, stride, head_dim()};
       const AttentionStrides out{space.context.stride(), space.context.stride(), head_dim()};
       const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim()));
-      const Attention<T> args{q,  q + width, q + 2 * width, static_cast<T*>(space.context.row(0)),
-                              in, in,        in,            out,
-                              head_dim(), scale};
+      const Attention<T> args{q,   q + width,  q + 2 * width, static_cast<T*>(space.context.row(0)), in, in, in,
+                              out, head_dim(), scale};
       table_.of<T>().attention(args, task, scratch);
     };
     if (config_.precision == Precision::fp32) {
@@ -358,17 +357,17 @@ class Encoder::Forward {
   }
 
   void quantize_context(const Workspace& space, Range rows) const {
-    table_.bf16.quantize({space.context.row(0), space.context.stride(), config_.hidden_size,
-                          static_cast<uint8_t*>(space.input.row(0)), space.input.stride(), space.scales.get(),
-                          space.minimum(0)},
-                         rows.begin, rows.end);
+    table_.bf16.quantize(
+        {space.context.row(0), space.context.stride(), config_.hidden_size, static_cast<uint8_t*>(space.input.row(0)),
+         space.input.stride(), space.scales.get(), space.minimum(0)},
+        rows.begin, rows.end);
   }
 
   void quantize_wide(const Workspace& own, Range rows) const {
-    table_.f32.quantize({own.wide_sums.row(0), own.wide_sums.stride(), config_.intermediate_size,
-                         static_cast<uint8_t*>(own.wide.row(0)), own.wide.stride(), own.wide_scales.get(),
-                         own.wide_minimum(0)},
-                        rows.begin, rows.end);
+    table_.f32.quantize(
+        {own.wide_sums.row(0), own.wide_sums.stride(), config_.intermediate_size,
+         static_cast<uint8_t*>(own.wide.row(0)), own.wide.stride(), own.wide_scales.get(), own.wide_minimum(0)},
+        rows.begin, rows.end);
   }
 
   void project_context(const EncoderLayer& layer, const Workspace& space, Range rows, Range panels) const {
@@ -482,10 +481,7 @@ class Encoder::Forward {
 
 Encoder::Encoder(const EncoderConfig& config, std::vector<EncoderLayer> layers, const EmbeddingTables& tables,
                  Norm embedding_norm)
-    : config_(config),
-      layers_(std::move(layers)),
-      tables_(tables),
-      embedding_norm_(std::move(embedding_norm)) {}
+    : config_(config), layers_(std::move(layers)), tables_(tables), embedding_norm_(std::move(embedding_norm)) {}
 
 Encoder::~Encoder() = default;
 

@@ -2,11 +2,11 @@
 //
 // A batch of many sequences is dealt out to the threads, balanced by work, and each thread takes its sequences through
 // all layers, some at a time, in memory of its own that stays in its cache: nobody waits before the end. Where that
-// would leave threads idle (few or unequal sequences) all threads take every step together: by blocks of rows where there
-// are enough tokens, else by columns, so that each weight is read by one thread only.
+// would leave threads idle (few or unequal sequences) all threads take every step together: by blocks of rows where
+// there are enough tokens, else by columns, so that each weight is read by one thread only.
 //
-// A text gives the same bits whichever way is taken, alone or in any batch: every sum runs in an order that depends on the
-// sizes of the model only.
+// A text gives the same bits whichever way is taken, alone or in any batch: every sum runs in an order that depends on
+// the sizes of the model only.
 #pragma once
 
 #include <cstdint>

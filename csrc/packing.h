@@ -1,4 +1,5 @@
-// Weights in the order in which products read them (PackedLinear in kernel_table.h), the same for every instruction set.
+// Weights in the order in which products read them (PackedLinear in kernel_table.h), the same for every instruction
+// set.
 #pragma once
 
 #include <cstdint>

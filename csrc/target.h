@@ -28,7 +28,8 @@
 // GCC 12's own AVX-512 header sets off both warnings.
 #define BERT_FAST_TARGET_BEGIN(isa)                                                            \
   _Pragma("GCC push_options") BERT_FAST_PRAGMA(GCC target(isa)) _Pragma("GCC diagnostic push") \
-      _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"") _Pragma("GCC diagnostic ignored \"-Wuninitialized\"")
+      _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")                              \
+          _Pragma("GCC diagnostic ignored \"-Wuninitialized\"")
 #define BERT_FAST_TARGET_END _Pragma("GCC diagnostic pop") _Pragma("GCC pop_options")
 #endif
 

@@ -1,8 +1,8 @@
 // Threads that go through the steps of a computation together, each step a number of tasks that any of them may take.
 //
 // No thread waits for one that has not come: whoever is there takes the tasks, a single thread takes them all, and the
-// only wait is for tasks that another thread has begun. So the computation is right, and ends, whatever number of threads
-// the pool really gives, nested in another parallel region too.
+// only wait is for tasks that another thread has begun. So the computation is right, and ends, whatever number of
+// threads the pool really gives, nested in another parallel region too.
 #pragma once
 
 #include <atomic>

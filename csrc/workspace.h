@@ -81,11 +81,11 @@ class Workspace {
   float* minimum(int64_t row) const { return scales.get() + scales_size_ / 2 + row; }
   float* wide_minimum(int64_t row) const { return wide_scales.get() + wide_scales_size_ / 2 + row; }
 
-  RowBuffer<float> hidden;   // the residual stream
-  RowBuffer<float> product;  // sums before LayerNorm
-  TypedBuffer input;         // what a product reads: `hidden` or `context` in the precision's type; not for fp32
-  TypedBuffer qkv, context;  // what attention reads and writes: float for fp32, bfloat16 otherwise
-  TypedBuffer wide;          // activations of intermediate_size, in the precision's type
+  RowBuffer<float> hidden;     // the residual stream
+  RowBuffer<float> product;    // sums before LayerNorm
+  TypedBuffer input;           // what a product reads: `hidden` or `context` in the precision's type; not for fp32
+  TypedBuffer qkv, context;    // what attention reads and writes: float for fp32, bfloat16 otherwise
+  TypedBuffer wide;            // activations of intermediate_size, in the precision's type
   RowBuffer<float> wide_sums;  // int8: the same before they are quantised
   Aligned<float> scales, wide_scales;
   Aligned<float> scratch;

@@ -87,7 +87,7 @@ def test_only_bindings_includes_torch():
     csrc = PACKAGE.parent / "csrc"
     for path in [*csrc.rglob("*.h"), *csrc.rglob("*.cpp")]:
         text = path.read_text()
-        if path.name not in {"bindings.cpp", "bindings.h", "encoder_bindings.cpp", "fingerprint.cpp"}:
+        if path.parent.name != "bindings":
             assert "<torch/" not in text, path
             assert "<ATen/" not in text, path
             assert "pybind11" not in text, path

@@ -15,6 +15,7 @@ from bert_fast.ops._dispatch import (
 from bert_fast.ops.attention import attention
 from bert_fast.ops.bias_gelu import bias_gelu
 from bert_fast.ops.embedding_layer_norm import embedding_layer_norm
+from bert_fast.ops.linear import PackedWeight, linear
 from bert_fast.ops.pooling import pooling
 from bert_fast.ops.residual_layer_norm import residual_layer_norm
 
@@ -22,6 +23,7 @@ __all__ = [
     "FallbackWarning",
     "Impl",
     "Op",
+    "PackedWeight",
     "Selection",
     "Traits",
     "attention",
@@ -31,6 +33,7 @@ __all__ = [
     "force",
     "forced",
     "forward_ad_is_on",
+    "linear",
     "pooling",
     "residual_layer_norm",
     "warn_of_fallback",

@@ -13,17 +13,17 @@
 namespace bert_fast::BERT_FAST_ISA {
 
 template <class T>
-constexpr Kernels<T> all_kernels{bias_gelu<T>, residual_layer_norm<T>, embedding_layer_norm<T>, pooling<T>,
-                                 attention<T>, embedding_sum<T>,       quantize<T>};
+constexpr Kernels<T> all_kernels{bias_gelu<T>, residual_layer_norm<T>, embedding_layer_norm<T>,
+                                 pooling<T>,   attention<T>,           embedding_sum<T>,
+                                 quantize<T>};
 
 template <class P>
 constexpr PrecisionKernels precision_kernels{linear<P>, normalize<P>};
 
-#define BERT_FAST_ALL_KERNELS                                                                   \
-  BERT_FAST_ISA::all_kernels<float>, BERT_FAST_ISA::all_kernels<bfloat16>, {                    \
-    BERT_FAST_ISA::precision_kernels<BERT_FAST_ISA::Fp32>,                                      \
-        BERT_FAST_ISA::precision_kernels<BERT_FAST_ISA::Bf16>,                                  \
-        BERT_FAST_ISA::precision_kernels<BERT_FAST_ISA::Int8>                                   \
+#define BERT_FAST_ALL_KERNELS                                                                                     \
+  BERT_FAST_ISA::all_kernels<float>, BERT_FAST_ISA::all_kernels<bfloat16>, {                                      \
+    BERT_FAST_ISA::precision_kernels<BERT_FAST_ISA::Fp32>, BERT_FAST_ISA::precision_kernels<BERT_FAST_ISA::Bf16>, \
+        BERT_FAST_ISA::precision_kernels<BERT_FAST_ISA::Int8>                                                     \
   }
 
 }  // namespace bert_fast::BERT_FAST_ISA

@@ -1,9 +1,9 @@
 // out = act(input weight^T + bias) + residual, over packed weights: the product of product.h and what follows while a
 // tile is in registers.
 //
-// int8: a row of inputs is scale * u + minimum, with u its unsigned bytes, and a row of weights is scale * s, with s its
-// signed bytes. So the product is row scale * weight scale * sum(u s) + row minimum * weight scale * sum(s), of which the
-// first sum is exact and the second is known when the weights are packed.
+// int8: a row of inputs is scale * u + minimum, with u its unsigned bytes, and a row of weights is scale * s, with s
+// its signed bytes. So the product is row scale * weight scale * sum(u s) + row minimum * weight scale * sum(s), of
+// which the first sum is exact and the second is known when the weights are packed.
 #pragma once
 
 #include "../vec/math.h"
@@ -40,8 +40,7 @@ struct Store {
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j)
-        BERT_FAST_ISA::store(out + i * args.out_stride + j * LANES,
-                             affine(sums[i][j], row + i, column + j * LANES));
+        BERT_FAST_ISA::store(out + i * args.out_stride + j * LANES, affine(sums[i][j], row + i, column + j * LANES));
   }
 };
 
@@ -59,9 +58,9 @@ struct StoreResidual {
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j)
-        BERT_FAST_ISA::store(out + i * args.out_stride + j * LANES,
-                             affine(sums[i][j], row + i, column + j * LANES) +
-                                 load(residual + i * args.residual_stride + j * LANES));
+        BERT_FAST_ISA::store(
+            out + i * args.out_stride + j * LANES,
+            affine(sums[i][j], row + i, column + j * LANES) + load(residual + i * args.residual_stride + j * LANES));
   }
 };
 
@@ -106,7 +105,8 @@ struct StoreActivated {
 template <class P>
 void linear(const Linear& args, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
   using Narrow = std::conditional_t<std::is_same_v<P, Fp32>, float, bfloat16>;  // what attention reads
-  using Wide = std::conditional_t<std::is_same_v<P, Bf16>, bfloat16, float>;    // what the next product reads or quantises
+  using Wide =
+      std::conditional_t<std::is_same_v<P, Bf16>, bfloat16, float>;  // what the next product reads or quantises
   const auto run = [&](const auto& epilogue) {
     product<P>(static_cast<const typename P::Input*>(args.input), args.input_stride,
                static_cast<const typename P::Weight*>(args.weight.panels), args.weight.depth / P::DEPTH, row_begin,

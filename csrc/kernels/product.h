@@ -1,8 +1,8 @@
 // The product of rows of activations with panels of packed weights, tile by tile, each tile handed to an epilogue.
 //
-// A panel holds PANEL columns, for all of k: (steps, PANEL, DEPTH), zero where the matrix has no column or no k. Rows go
-// through a panel in blocks that stay in the second-level cache while the panel is read from it. Where a sum is long and
-// its type rounds, it is taken in blocks of SUM_STEPS, each on its own: a long sum, in blocks, rounds less.
+// A panel holds PANEL columns, for all of k: (steps, PANEL, DEPTH), zero where the matrix has no column or no k. Rows
+// go through a panel in blocks that stay in the second-level cache while the panel is read from it. Where a sum is long
+// and its type rounds, it is taken in blocks of SUM_STEPS, each on its own: a long sum, in blocks, rounds less.
 #pragma once
 
 #include "tile.h"

@@ -18,9 +18,12 @@ from bert_fast.ops import FallbackWarning, Impl, Op, Traits, _dispatch
 from bert_fast.ops.attention import OP as ATTENTION
 from bert_fast.ops.bias_gelu import OP as BIAS_GELU
 from bert_fast.ops.embedding_layer_norm import OP as EMBEDDING_LAYER_NORM
+from bert_fast.ops.linear import OP as LINEAR
+from bert_fast.ops.linear import PackedWeight
 from bert_fast.ops.pooling import OP as POOLING
 from bert_fast.ops.residual_layer_norm import OP as RESIDUAL_LAYER_NORM
 
+#: LINEAR is not one of them: weights are packed for the CPU only.
 OPS = (ATTENTION, BIAS_GELU, EMBEDDING_LAYER_NORM, POOLING, RESIDUAL_LAYER_NORM)
 
 
@@ -210,7 +213,11 @@ def calls() -> dict[str, tuple[Op, list[Any]]]:
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0]], dtype=torch.bool)
     token_ids = [torch.randint(2, (2, 4)) for _ in range(3)]
     tables = [randn(rows, 6) for rows in (5, 4, 2)]
+    weight = PackedWeight.pack(torch.randn(5, 6), torch.randn(5), precision="int8")
+    packed = [weight.panels, weight.vectors, weight.out_features, weight.in_features]
     return {
+        "linear, with an activation": (LINEAR, [randn(4, 6), *packed, "gelu", None, None, None, 1e-12]),
+        "linear, with a LayerNorm": (LINEAR, [randn(4, 6), *packed, None, randn(4, 5), randn(5), randn(5), 1e-12]),
         "bias_gelu": (BIAS_GELU, [randn(4, 6), randn(6), "none"]),
         "residual_layer_norm": (
             RESIDUAL_LAYER_NORM,
@@ -236,6 +243,13 @@ CALLS = tuple(calls())
 
 #: The public functions, taking the arguments of their schemas.
 PUBLIC: dict[str, Callable[..., Tensor]] = {
+    "linear": lambda x, panels, vectors, out_features, in_features, activation, residual, *norm: ops.linear(
+        x,
+        PackedWeight(panels, vectors, out_features, in_features),
+        activation=activation,
+        residual=residual,
+        layer_norm=None if norm[0] is None else norm,
+    ),
     "bias_gelu": lambda x, bias, form: ops.bias_gelu(x, bias, approximate=form),
     "residual_layer_norm": lambda *args: ops.residual_layer_norm(*args[:5], eps=args[5], dropout_p=args[6]),
     "embedding_layer_norm": lambda *args: ops.embedding_layer_norm(*args[:8], eps=args[8], dropout_p=args[9]),

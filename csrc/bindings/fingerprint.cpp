@@ -2,10 +2,11 @@
 //
 //   structure    a module is another object or of another class, is hooked, has a `forward` of its own, or another
 //                training mode or dropout probability
-//   parameters   an epsilon is another; a parameter is another tensor, was written to in place (its version counter), lies elsewhere in memory,
+//   parameters   an epsilon is another; a parameter is another tensor, was written to in place (its version counter),
+//   lies elsewhere in memory,
 //                or holds other values. Values are compared at a few places: what writes behind the version counter's
-//                back (`parameter.data`) is noticed when it changes the parameter as training or loading does, not when it
-//                changes single elements.
+//                back (`parameter.data`) is noticed when it changes the parameter as training or loading does, not when
+//                it changes single elements.
 //
 // It reads the objects' dictionaries itself: a walk in Python takes longer than a forward of a short text.
 #include <torch/csrc/autograd/python_variable.h>
@@ -37,7 +38,8 @@ void mix_tensor(uint64_t& hash, const Tensor& tensor) {
   mix(hash, tensor.const_data_ptr());
   mix(hash, static_cast<uint64_t>(tensor.numel()));
   mix(hash, static_cast<uint64_t>(tensor.scalar_type()));
-  if (!tensor.device().is_cpu() || !tensor.is_contiguous() || tensor.numel() == 0 || !tensor.is_floating_point()) return;
+  if (!tensor.device().is_cpu() || !tensor.is_contiguous() || tensor.numel() == 0 || !tensor.is_floating_point())
+    return;
   const auto* bytes = static_cast<const char*>(tensor.const_data_ptr());
   const size_t size = tensor.element_size();
   for (int64_t i = 0; i < std::min(SAMPLES, tensor.numel()); ++i) {

@@ -16,8 +16,8 @@
 #include <string>
 #include <vector>
 
-#include "dispatch.h"
-#include "packing.h"
+#include "../dispatch.h"
+#include "../packing.h"
 
 namespace bert_fast {
 
@@ -46,7 +46,8 @@ inline void check_cpu(const char* op, const char* name, const Tensor& tensor) {
 }
 
 // float32 or bfloat16, dense, on the CPU, and of the dtype of `lead`.
-inline void check_kind(const char* op, const char* name, const Tensor& tensor, const char* lead_name, const Tensor& lead) {
+inline void check_kind(const char* op, const char* name, const Tensor& tensor, const char* lead_name,
+                       const Tensor& lead) {
   check_cpu(op, name, tensor);
   TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16, op, ": ", name, " is ",
                     dtype_text(tensor), ", expected torch.float32 or torch.bfloat16");
@@ -54,7 +55,8 @@ inline void check_kind(const char* op, const char* name, const Tensor& tensor, c
                     lead_name, " is ", dtype_text(lead));
 }
 
-inline void check_vector(const char* op, const char* name, const Tensor& tensor, const char* lead_name, const Tensor& lead) {
+inline void check_vector(const char* op, const char* name, const Tensor& tensor, const char* lead_name,
+                         const Tensor& lead) {
   check_kind(op, name, tensor, lead_name, lead);
   check_shape(op, name, tensor, {lead.size(-1)});
 }
@@ -171,5 +173,8 @@ void bind_encoder(pybind11::module_& module);
 
 // Adds the function fingerprint.
 void bind_fingerprint(pybind11::module_& module);
+
+// Adds the op linear and the packing of its weights to the module.
+void bind_linear(pybind11::module_& module);
 
 }  // namespace bert_fast

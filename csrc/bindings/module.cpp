@@ -6,7 +6,7 @@
 
 #include <atomic>
 
-#include "schedule.h"
+#include "../schedule.h"
 
 namespace py = pybind11;
 
@@ -240,6 +240,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("attention", wrap_pybind_function_no_gil(attention), arg("q"), arg("k"), arg("v"), arg("cu_seqlens"),
              arg("max_seqlen"), arg("attention_mask"), arg("scale"), arg("dropout_p"), out);
   module.def("pooling", wrap_pybind_function_no_gil(pooling));
+  bind_linear(module);
   bind_encoder(module);
   bind_fingerprint(module);
   module.def("available_isas", available_isas, "Instruction sets that this machine has, best last.");

@@ -1,6 +1,6 @@
 // The class bert_fast._C.Encoder: an encoder over weights that are packed when it is made.
 #include "bindings.h"
-#include "encoder.h"
+#include "../encoder.h"
 
 #include <array>
 #include <limits>
@@ -95,8 +95,8 @@ EncoderLayer pack_layer(const EncoderConfig& config, const std::vector<Tensor>& 
   return result;
 }
 
-std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std::string& activation,
-                                        int64_t num_heads, bool out_bfloat16, const Tensor& word, const Tensor& position,
+std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std::string& activation, int64_t num_heads,
+                                        bool out_bfloat16, const Tensor& word, const Tensor& position,
                                         const Tensor& token_type, const Tensor& norm_weight, const Tensor& norm_bias,
                                         double norm_eps, const std::vector<std::vector<Tensor>>& layers,
                                         const std::vector<std::pair<double, double>>& layer_norm_eps) {
@@ -129,9 +129,9 @@ std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std:
   for (size_t i = 0; i < layers.size(); ++i) packed.push_back(pack_layer(config, layers[i], layer_norm_eps[i], i));
   const EmbeddingTables tables{result->word.const_data_ptr(), result->position.const_data_ptr(),
                                result->token_type.const_data_ptr(), word.scalar_type() == at::kBFloat16};
-  result->encoder =
-      std::make_unique<Encoder>(config, std::move(packed), tables,
-                                checked_norm("embeddings.LayerNorm", norm_weight, norm_bias, norm_eps, config.hidden_size));
+  result->encoder = std::make_unique<Encoder>(
+      config, std::move(packed), tables,
+      checked_norm("embeddings.LayerNorm", norm_weight, norm_bias, norm_eps, config.hidden_size));
   return result;
 }
 
@@ -271,8 +271,7 @@ void bind_encoder(py::module_& module) {
            py::arg("layers"), py::arg("layer_norm_eps"))
       .def("forward", wrap_pybind_function_no_gil(forward), py::arg("input_ids"), py::arg("position_ids"),
            py::arg("token_type_ids"), py::arg("cu_seqlens"), py::arg("want_rows") = true,
-           py::arg("want_states") = false, py::arg("modes") = std::vector<std::string>{},
-           py::arg("normalize") = false)
+           py::arg("want_states") = false, py::arg("modes") = std::vector<std::string>{}, py::arg("normalize") = false)
       .def("forward_padded", wrap_pybind_function_no_gil(forward_padded), py::arg("input_ids"),
            py::arg("attention_mask"), py::arg("token_type_ids"), py::arg("position_ids"),
            py::arg("want_states") = false, py::arg("modes") = std::vector<std::string>{})

@@ -2,11 +2,11 @@
 //
 // A batch of many sequences is dealt out to the threads, balanced by work, and each thread takes its sequences through
 // all layers, some at a time, in memory of its own that stays in its cache: nobody waits before the end. Where that
-// would leave threads idle (few or unequal sequences) all threads take every step together: by blocks of rows where there
-// are enough tokens, else by columns, so that each weight is read by one thread only.
+// would leave threads idle (few or unequal sequences) all threads take every step together: by blocks of rows where
+// there are enough tokens, else by columns, so that each weight is read by one thread only.
 //
-// A text gives the same bits whichever way is taken, alone or in any batch: every sum runs in an order that depends on the
-// sizes of the model only.
+// A text gives the same bits whichever way is taken, alone or in any batch: every sum runs in an order that depends on
+// the sizes of the model only.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ namespace bert_fast {
 
 struct EncoderConfig {
   Precision precision;
-  Activation activation;
+  Activation activation;  // not none
   int64_t hidden_size, intermediate_size, num_heads;
   float eps;
 };
@@ -46,11 +46,11 @@ struct EncoderBatch {
 
 // What the caller wants, contiguous; null for what he does not. float, or bfloat16 where is_bfloat16.
 struct EncoderOutput {
-  void* rows = nullptr;             // (num_tokens, hidden_size)
-  std::vector<void*> states;        // none, or 1 + layers of (num_tokens, hidden_size)
-  float* pooled = nullptr;          // (batch_size, modes, hidden_size)
-  std::vector<PoolingMode> modes;   // of `pooled`
-  bool normalize = false;           // scale each row of `pooled` to length 1
+  void* rows = nullptr;            // (num_tokens, hidden_size)
+  std::vector<void*> states;       // none, or 1 + layers of (num_tokens, hidden_size)
+  float* pooled = nullptr;         // (batch_size, modes, hidden_size)
+  std::vector<PoolingMode> modes;  // of `pooled`
+  bool normalize = false;          // scale each row of `pooled` to length 1
   bool is_bfloat16 = false;
 };
 

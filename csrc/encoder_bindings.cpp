@@ -90,16 +90,16 @@ EncoderLayer pack_layer(const EncoderConfig& config, const std::vector<Tensor>& 
   return result;
 }
 
-std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std::string& activation,
-                                        int64_t num_heads, double eps, const Tensor& word, const Tensor& position,
+std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std::string& activation, int64_t num_heads,
+                                        double eps, const Tensor& word, const Tensor& position,
                                         const Tensor& token_type, const Tensor& norm_weight, const Tensor& norm_bias,
                                         const std::vector<std::vector<Tensor>>& layers) {
   auto result = std::make_unique<PyEncoder>();
   EncoderConfig& config = result->config;
   constexpr std::array<const char*, 3> precisions{"fp32", "bf16", "int8"};
-  constexpr std::array<const char*, 4> activations{"none", "gelu_erf", "gelu_tanh", "relu"};
+  constexpr std::array<const char*, 3> activations{"gelu_erf", "gelu_tanh", "relu"};
   config.precision = static_cast<Precision>(index_of("precision", precision, precisions));
-  config.activation = static_cast<Activation>(index_of("activation", activation, activations));
+  config.activation = static_cast<Activation>(1 + index_of("activation", activation, activations));  // after `none`
   for (const auto& [name, table] : {std::pair<const char*, const Tensor&>{"word_embeddings", word},
                                     {"position_embeddings", position},
                                     {"token_type_embeddings", token_type}}) {
@@ -158,7 +158,8 @@ ForwardResult forward(const PyEncoder& self, const Tensor& input_ids, const Tens
   }
   if (!modes.empty()) {
     for (const std::string& mode : modes) output.modes.push_back(pooling_mode(mode));
-    result.pooled = at::empty({batch_size, static_cast<int64_t>(modes.size()) * size}, self.word.options().dtype(at::kFloat));
+    result.pooled =
+        at::empty({batch_size, static_cast<int64_t>(modes.size()) * size}, self.word.options().dtype(at::kFloat));
     output.pooled = mutable_data<float>(*result.pooled);
     output.normalize = normalize;
   }
@@ -184,8 +185,7 @@ void bind_encoder(py::module_& module) {
            py::arg("token_type_embeddings"), py::arg("norm_weight"), py::arg("norm_bias"), py::arg("layers"))
       .def("forward", wrap_pybind_function_no_gil(forward), py::arg("input_ids"), py::arg("position_ids"),
            py::arg("token_type_ids"), py::arg("cu_seqlens"), py::arg("want_rows") = true,
-           py::arg("want_states") = false, py::arg("modes") = std::vector<std::string>{},
-           py::arg("normalize") = false)
+           py::arg("want_states") = false, py::arg("modes") = std::vector<std::string>{}, py::arg("normalize") = false)
       .def("packed_bytes", [](const PyEncoder& self) { return self.encoder->bytes(); });
 }
 

@@ -20,6 +20,9 @@ class RowBuffer {
 
   void reserve(int64_t rows) {
     if (rows <= rows_) return;
+    // What was there goes first: its values are of no use, and both at once may not fit.
+    memory_.reset();
+    rows_ = 0;
     const int64_t count = rows * stride_;
     memory_ = allocate<T>(count);
     std::memset(static_cast<void*>(memory_.get()), 0, static_cast<size_t>(count) * sizeof(T));
@@ -37,7 +40,8 @@ class RowBuffer {
 // Rows of the type that a precision needs.
 class TypedBuffer {
  public:
-  TypedBuffer(int64_t size, int64_t element_size) : element_size_(element_size), bytes_(size * element_size) {}
+  TypedBuffer(int64_t size, int64_t element_size)
+      : element_size_(element_size), bytes_(round_up_to_panel(size) * element_size) {}
 
   void reserve(int64_t rows) { bytes_.reserve(rows); }
   void* row(int64_t index) const { return bytes_.row(index); }
@@ -80,11 +84,11 @@ class Workspace {
   float* minimum(int64_t row) const { return scales.get() + scales_size_ / 2 + row; }
   float* wide_minimum(int64_t row) const { return wide_scales.get() + wide_scales_size_ / 2 + row; }
 
-  RowBuffer<float> hidden;   // the residual stream
-  RowBuffer<float> product;  // sums before LayerNorm
-  TypedBuffer input;         // what a product reads: `hidden` or `context` in the precision's type; not for fp32
-  TypedBuffer qkv, context;  // what attention reads and writes: float for fp32, bfloat16 otherwise
-  TypedBuffer wide;          // activations of intermediate_size, in the precision's type
+  RowBuffer<float> hidden;     // the residual stream
+  RowBuffer<float> product;    // sums before LayerNorm
+  TypedBuffer input;           // what a product reads: `hidden` or `context` in the precision's type; not for fp32
+  TypedBuffer qkv, context;    // what attention reads and writes: float for fp32, bfloat16 otherwise
+  TypedBuffer wide;            // activations of intermediate_size, in the precision's type
   RowBuffer<float> wide_sums;  // int8: the same before they are quantised
   Aligned<float> scales, wide_scales;
   Aligned<float> scratch;
@@ -96,6 +100,8 @@ class Workspace {
 
   static void grow(Aligned<float>& memory, int64_t& size, int64_t wanted) {
     if (wanted <= size) return;
+    memory.reset();
+    size = 0;
     memory = allocate<float>(wanted);
     size = wanted;
   }

@@ -1,9 +1,9 @@
 // out = softmax(q k^T * scale) v for a range of the queries of one head of one sequence.
 //
-// K and V of the head are packed once per task into panels, as weights are (product.h); then a tile of queries meets all
-// the keys, its rows of scores go through the softmax while they are in the first-level cache, and meet V. The softmax is
-// exact: all scores of a row, then their maximum, then exponentials; memory grows with the length of the sequence, not
-// with its square. The result of a query does not depend on which others share its tile or its task.
+// K and V of the head are packed once per task into panels, as weights are (product.h); then a tile of queries meets
+// all the keys, its rows of scores go through the softmax while they are in the first-level cache, and meet V. The
+// softmax is exact: all scores of a row, then their maximum, then exponentials; memory grows with the length of the
+// sequence, not with its square. The result of a query does not depend on which others share its tile or its task.
 //
 // bfloat16 is multiplied as such where the instruction set does so, with the probabilities rounded to bfloat16, and as
 // float otherwise (or where head_dim is odd or the scale negative). Sums and the softmax are float.
@@ -77,12 +77,12 @@ void pack_values(const T* head, const AttentionSequence& sequence, int64_t strid
   }
 }
 
-// A row of scores -> probabilities before they are divided by their sum, which is returned. `out` may start at `scores`.
+// A row of scores -> probabilities before they are divided by their sum, which is returned. `out` may start at
+// `scores`.
 template <class P>
 BERT_FAST_INLINE float softmax_row(const float* scores, int64_t length, Vec unit, typename P::Input* out) {
   Vec maximum = first(load(scores), length, set1(-std::numeric_limits<float>::infinity()));
-  for (int64_t i = LANES; i < length; i += LANES)
-    maximum = max(maximum, first(load(scores + i), length - i, maximum));
+  for (int64_t i = LANES; i < length; i += LANES) maximum = max(maximum, first(load(scores + i), length - i, maximum));
   const Vec shift = set1(highest(maximum));
   Vec total = set1(0.0f);
   for (int64_t i = 0; i < length; i += LANES) {
@@ -103,8 +103,7 @@ struct StoreScores {
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j)
-        BERT_FAST_ISA::store(out + (row + i) * stride + column + j * LANES, sums[i][j]);
+      for (int j = 0; j < N; ++j) BERT_FAST_ISA::store(out + (row + i) * stride + column + j * LANES, sums[i][j]);
   }
 };
 
@@ -144,7 +143,7 @@ void attend(const Attention<T>& args, const AttentionTask& task, float* scratch)
   Weight* packed_keys = reinterpret_cast<Weight*>(scratch);
   Weight* packed_values = reinterpret_cast<Weight*>(scratch + keys * channels);
   float* scores = scratch + 2 * keys * channels;
-  Input* queries = reinterpret_cast<Input*>(scores + TILE_ROWS * score_stride);
+  Input* queries = reinterpret_cast<Input*>(scores + P::ROWS * score_stride);
 
   const T* q = args.q + sequence.batch * args.q_strides.batch + task.head * args.q_strides.head;
   const T* k = args.k + sequence.batch * args.k_strides.batch + task.head * args.k_strides.head;
@@ -159,7 +158,7 @@ void attend(const Attention<T>& args, const AttentionTask& task, float* scratch)
   // decides which score is the largest.
   const Vec unit = set1(std::abs(args.scale) * 1.44269504f);  // log2(e): powers of e become powers of 2
   const bool in_place = std::is_same_v<T, Input> && sequence.rows == nullptr;
-  const int64_t count = task.end_query - task.first_query, tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
+  const int64_t count = task.end_query - task.first_query, tiles = (count + P::ROWS - 1) / P::ROWS;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first_query = task.first_query + count * t / tiles;
     const int64_t rows = task.first_query + count * (t + 1) / tiles - first_query;
@@ -175,7 +174,7 @@ void attend(const Attention<T>& args, const AttentionTask& task, float* scratch)
       stride = channels;
     }
     product<P>(a, stride, packed_keys, score_steps, 0, rows, 0, keys / PANEL, StoreScores{scores, score_stride});
-    float factors[TILE_ROWS];
+    float factors[P::ROWS];
     for (int64_t i = 0; i < rows; ++i) {
       float* row = scores + i * score_stride;
       factors[i] = 1.0f / softmax_row<P>(row, length, unit, reinterpret_cast<Input*>(row));

@@ -130,8 +130,8 @@ void fuzz_attention(Random& random, const std::vector<const KernelTable*>& isas)
 
 void test_attention() {
   const auto isas = tables();
-  fuzz("attention float", 10, 30, [&](Random& random) { fuzz_attention<float>(random, isas); });
-  fuzz("attention bfloat16", 10, 30, [&](Random& random) { fuzz_attention<bfloat16>(random, isas); });
+  fuzz("attention float", 6, 30, [&](Random& random) { fuzz_attention<float>(random, isas); });
+  fuzz("attention bfloat16", 6, 30, [&](Random& random) { fuzz_attention<bfloat16>(random, isas); });
 }
 
 }  // namespace bert_fast

@@ -47,8 +47,9 @@ void check_invariance(Random& random, const Shape& shape, Precision precision, A
     for (size_t i = 0; i < lengths.size(); ++i) texts.push_back({static_cast<int64_t>(i), lengths[i]});
     for (int64_t threads = 1; threads <= max_threads; ++threads) {
       std::shuffle(texts.begin(), texts.end(), random.engine());
-      for (const RunWorkers& pool : {RunWorkers(on_threads), RunWorkers(on_one)}) {
-        const Answer batch = run(model, texts, threads, pool);
+      for (const bool has_threads : {true, false}) {
+        if (!has_threads && threads != 3) continue;
+        const Answer batch = run(model, texts, threads, has_threads ? on_threads : on_one);
         for (size_t i = 0; i < texts.size(); ++i)
           check_sequence(model, batch, texts, i, expected[static_cast<size_t>(texts[i].seed)]);
       }
@@ -59,9 +60,9 @@ void check_invariance(Random& random, const Shape& shape, Precision precision, A
 std::vector<std::vector<int64_t>> batches(Random& random) {
   std::vector<std::vector<int64_t>> result{{}, {0}, {0, 0, 0}, {1}, {3, 0, 5}, {250}};
   std::vector<int64_t> many;
-  for (int i = 0; i < 12; ++i) many.push_back(random.chance(0.1) ? 0 : random.integer(1, 60));
+  for (int i = 0; i < 8; ++i) many.push_back(random.chance(0.1) ? 0 : random.integer(1, 40));
   result.push_back(many);
-  result.push_back({180, 1, 2, 0, 40});  // one dominates: rows or columns are shared
+  result.push_back({150, 1, 2, 0, 20});  // one dominates: rows or columns are shared
   return result;
 }
 
@@ -113,12 +114,11 @@ void test_encoder() {
 }
 
 void test_threads() {
-  set_isa(available_isas()[std::min<size_t>(1, available_isas().size() - 1)]);
   for (const Precision precision : {Precision::fp32, Precision::bf16, Precision::int8}) {
     context = "threads, precision " + std::to_string(static_cast<int>(precision));
     Random random(static_cast<uint64_t>(precision));
     check_invariance(random, shapes[0], precision, Activation::gelu_erf,
-                     {{3, 0, 5}, {60, 1, 20}, {300, 2}, {9, 8, 7, 6, 5}}, 5);
+                     {{3, 0, 5}, {60, 1, 20}, {200, 2}, {9, 8, 7, 6, 5}}, 5);
   }
   context = "threads, 16 callers";
   Random random(0);

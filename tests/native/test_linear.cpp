@@ -199,7 +199,7 @@ void test_linear() {
   const auto isas = tables();
   const std::vector<int64_t> wide{1, 2, 31, 32, 33, 63, 64, 65, 100};
   const std::vector<int64_t> deep{1, 2, 3, 4, 5, 31, 32, 33, 64, 97, 383, 385, 800};
-  fuzz("linear", 15, 40, [&](Random& random) {
+  fuzz("linear", 10, 40, [&](Random& random) {
     const auto precision = static_cast<Precision>(random.integer(0, 2));
     const int64_t rows = random.chance(0.1) ? 0 : random.integer(1, 36);
     Case c(random, precision, rows, random.of(wide), random.of(deep));

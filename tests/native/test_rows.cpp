@@ -381,18 +381,18 @@ void fuzz_pooling(Random& random, const std::vector<const KernelTable*>& isas) {
 
 void test_rows() {
   const auto isas = tables();
-  fuzz("normalize", 4, 40, [&](Random& random) { fuzz_normalize(random, isas); });
-  fuzz("quantize float", 2, 40, [&](Random& random) { fuzz_quantize<float>(random, isas); });
-  fuzz("quantize bfloat16", 2, 40, [&](Random& random) { fuzz_quantize<bfloat16>(random, isas); });
-  fuzz("embeddings float", 2, 40, [&](Random& random) { fuzz_embeddings<float>(random, isas); });
-  fuzz("embeddings bfloat16", 2, 40, [&](Random& random) { fuzz_embeddings<bfloat16>(random, isas); });
-  fuzz("residual_layer_norm float", 2, 40, [&](Random& random) { fuzz_residual_layer_norm<float>(random, isas); });
-  fuzz("residual_layer_norm bfloat16", 2, 40,
+  fuzz("normalize", 2, 40, [&](Random& random) { fuzz_normalize(random, isas); });
+  fuzz("quantize float", 1, 40, [&](Random& random) { fuzz_quantize<float>(random, isas); });
+  fuzz("quantize bfloat16", 1, 40, [&](Random& random) { fuzz_quantize<bfloat16>(random, isas); });
+  fuzz("embeddings float", 1, 40, [&](Random& random) { fuzz_embeddings<float>(random, isas); });
+  fuzz("embeddings bfloat16", 1, 40, [&](Random& random) { fuzz_embeddings<bfloat16>(random, isas); });
+  fuzz("residual_layer_norm float", 1, 40, [&](Random& random) { fuzz_residual_layer_norm<float>(random, isas); });
+  fuzz("residual_layer_norm bfloat16", 1, 40,
        [&](Random& random) { fuzz_residual_layer_norm<bfloat16>(random, isas); });
-  fuzz("bias_gelu float", 2, 40, [&](Random& random) { fuzz_bias_gelu<float>(random, isas); });
-  fuzz("bias_gelu bfloat16", 2, 40, [&](Random& random) { fuzz_bias_gelu<bfloat16>(random, isas); });
-  fuzz("pooling float", 2, 40, [&](Random& random) { fuzz_pooling<float>(random, isas); });
-  fuzz("pooling bfloat16", 2, 40, [&](Random& random) { fuzz_pooling<bfloat16>(random, isas); });
+  fuzz("bias_gelu float", 1, 40, [&](Random& random) { fuzz_bias_gelu<float>(random, isas); });
+  fuzz("bias_gelu bfloat16", 1, 40, [&](Random& random) { fuzz_bias_gelu<bfloat16>(random, isas); });
+  fuzz("pooling float", 1, 40, [&](Random& random) { fuzz_pooling<float>(random, isas); });
+  fuzz("pooling bfloat16", 1, 40, [&](Random& random) { fuzz_pooling<bfloat16>(random, isas); });
 }
 
 }  // namespace bert_fast

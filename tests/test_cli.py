@@ -244,13 +244,12 @@ def test_doctor_obeys_what_is_forced():
     assert "attention: triton is forced but runs on cuda, not on cpu" in out
 
 
-@pytest.mark.parametrize("isa", ["abacus", "AVX2", "avx512_amx"])
-def test_an_instruction_set_that_is_not_there(isa):
-    environment = {**os.environ, "BERT_FAST_ISA": isa}
+def test_an_instruction_set_that_is_not_there():
+    environment = {**os.environ, "BERT_FAST_ISA": "abacus"}
     for arguments in (["doctor"], ["verify", "demo"]):
         done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=environment, timeout=100)
         assert done.returncode == 2
-        assert f"instruction set '{isa}' is not available on this machine, which has: scalar" in done.stderr
+        assert "instruction set 'abacus' is not available on this machine, which has: scalar" in done.stderr
         assert len(done.stderr.splitlines()) == 1
 
 

@@ -31,7 +31,7 @@ def test_each_known_one_is_taken_or_refused_by_name() -> None:
 def test_the_environment_forces_one(isa: str) -> None:
     available = importlib.import_module("bert_fast._C").available_isas()
     done = subprocess.run(
-        [sys.executable, "-c", "import bert_fast._C as c; print(c.get_isa())"],
+        [sys.executable, "-c", "import torch, bert_fast._C as c; print(c.get_isa())"],
         capture_output=True,
         text=True,
         env={**os.environ, "BERT_FAST_ISA": isa},

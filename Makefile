@@ -6,7 +6,7 @@ BIN := .venv/bin
 # One version that CPU machines get without CUDA packages where an index offers it.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-slow test-peers check bench dev extension format clean
+.PHONY: demo test test-slow test-peers check check-native bench dev extension format clean
 
 demo: .venv/demo extension
 	@$(BIN)/python -m bert_fast.demo
@@ -24,7 +24,11 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp')
+
+# The C++ part without torch, fuzzed under AddressSanitizer, UBSan and ThreadSanitizer.
+check-native:
+	$(MAKE) --no-print-directory -j 2 -C tests/native
 
 bench: .venv/dev .venv/bench extension
 	$(BIN)/python -m benchmarks.run
@@ -35,7 +39,7 @@ dev: .venv/dev extension
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc benchmarks -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp')
 
 # The environment, in three steps, each done once.
 .venv/base: setup.py pyproject.toml

@@ -73,7 +73,9 @@ class Encoder::Forward {
     const int64_t longest = longest_sequence();
     const int64_t scratch = attention_scratch_size(longest, head_dim());
     const bool by_columns = !alone && num_tokens_ < ROWS_PER_THREAD * threads_;
-    take_workspaces(alone || num_sequences_ == 0 ? dealt.max_rows : num_tokens_, alone, by_columns, scratch);
+    const std::vector<AttentionTask> tasks =
+        alone ? std::vector<AttentionTask>{} : attention_tasks(ragged_sequences(batch_.cu_seqlens), config_.num_heads);
+    take_workspaces(alone ? dealt.max_rows : num_tokens_, alone, by_columns, scratch);
     std::atomic<int64_t> arrived{0};
     Team team(alone ? static_cast<int64_t>(dealt.chunks.size()) : 2 + MAX_LAYER_STEPS * num_layers());
     run_workers(threads_, [&] {
@@ -82,9 +84,9 @@ class Encoder::Forward {
       if (alone) {
         run_dealt(dealt, worker, team);
       } else if (by_columns) {
-        run_by_columns(worker, team);
+        run_by_columns(worker, tasks, team);
       } else {
-        run_by_rows(worker, team);
+        run_by_rows(worker, tasks, team);
       }
     });
     return_workspaces();
@@ -155,6 +157,7 @@ class Encoder::Forward {
         workspaces_.push_back(std::move(encoder_.workspaces_.back()));
         encoder_.workspaces_.pop_back();
       }
+      encoder_.workspaces_.reserve(kept_workspaces());  // so that giving them back cannot fail
     }
     while (static_cast<int64_t>(workspaces_.size()) < threads_)
       workspaces_.push_back(
@@ -166,11 +169,13 @@ class Encoder::Forward {
     }
   }
 
+  // So many are kept for later calls, at most.
+  size_t kept_workspaces() const { return static_cast<size_t>(2 * threads_); }
+
   void return_workspaces() {
     const std::lock_guard lock(encoder_.mutex_);
     for (auto& workspace : workspaces_)
-      if (encoder_.workspaces_.size() < static_cast<size_t>(2 * threads_))
-        encoder_.workspaces_.push_back(std::move(workspace));
+      if (encoder_.workspaces_.size() < kept_workspaces()) encoder_.workspaces_.push_back(std::move(workspace));
     workspaces_.clear();
   }
 
@@ -212,10 +217,10 @@ class Encoder::Forward {
     each_sequence([&](int64_t sequence, int64_t row) { emit_sequence(sequence, space, row); });
   }
 
-  void run_by_rows(int64_t worker, Team& team) const {
+  // tasks: heads of sequences, the longest first, a long one in parts.
+  void run_by_rows(int64_t worker, const std::vector<AttentionTask>& tasks, Team& team) const {
     const Workspace &space = *workspaces_[0], &own = *workspaces_[static_cast<size_t>(worker)];
     const int64_t blocks = divide_up(divide_up(num_tokens_, BLOCK_ROWS), threads_) * threads_;
-    const std::vector<AttentionTask> tasks = attention_tasks_of_batch();
     int64_t step = 0;
     for (int64_t layer = 0; layer <= num_layers(); ++layer) {
       team.run(step++, blocks, [&](int64_t i) {
@@ -236,10 +241,9 @@ class Encoder::Forward {
     team.run(step++, num_sequences_, [&](int64_t i) { emit_sequence(i, space, first_token(i)); });
   }
 
-  void run_by_columns(int64_t worker, Team& team) const {
+  void run_by_columns(int64_t worker, const std::vector<AttentionTask>& tasks, Team& team) const {
     const Workspace &space = *workspaces_[0], &own = *workspaces_[static_cast<size_t>(worker)];
     const Range all{0, num_tokens_};
-    const std::vector<AttentionTask> tasks = attention_tasks_of_batch();
     int64_t step = 0;
     const auto each_row = [&](const auto& f) {
       const int64_t parts = std::min(num_tokens_, threads_);
@@ -270,11 +274,6 @@ class Encoder::Forward {
       });
     }
     team.run(step++, num_sequences_, [&](int64_t sequence) { emit_sequence(sequence, space, first_token(sequence)); });
-  }
-
-  // Heads of sequences, the longest first, a long one in parts.
-  std::vector<AttentionTask> attention_tasks_of_batch() const {
-    return attention_tasks(ragged_sequences(batch_.cu_seqlens), config_.num_heads);
   }
 
   // ------------------------------------------------------------------------------------------------------- the steps

@@ -22,7 +22,7 @@ namespace bert_fast {
 
 struct EncoderConfig {
   Precision precision;
-  Activation activation;
+  Activation activation;  // not none
   int64_t hidden_size, intermediate_size, num_heads;
 };
 

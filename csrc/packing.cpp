@@ -55,10 +55,9 @@ void PackedWeight::pack(const float* weight, const float* bias, int64_t begin, i
         largest = std::max(largest, std::abs(row[k]));
         is_finite = is_finite && std::isfinite(row[k]);
       }
-      // A column with a NaN or an infinity gives NaN.
-      const float scale = !is_finite       ? std::numeric_limits<float>::quiet_NaN()
-                          : largest > 0.0f ? largest / 127.0f
-                                           : 1.0f;
+      // A column with a NaN or an infinity gives NaN; one so small that the scale has no inverse counts as zero.
+      const bool has_scale = largest >= 127.0f * std::numeric_limits<float>::min();
+      const float scale = !is_finite ? std::numeric_limits<float>::quiet_NaN() : has_scale ? largest / 127.0f : 1.0f;
       const float inverse = is_finite ? 1.0f / scale : 0.0f;
       int64_t total = 0;
       scatter(row, in_features_, 4, reinterpret_cast<int8_t*>(panels_.get()) + panel + 4 * lane, [&](float value) {

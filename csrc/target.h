@@ -11,7 +11,8 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__x86_64__)
+// BERT_FAST_SCALAR_ONLY builds without instruction sets, for ThreadSanitizer: quick to compile.
+#if defined(__x86_64__) && !defined(BERT_FAST_SCALAR_ONLY)
 #define BERT_FAST_X86 1
 #include <immintrin.h>
 #else

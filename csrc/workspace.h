@@ -20,6 +20,9 @@ class RowBuffer {
 
   void reserve(int64_t rows) {
     if (rows <= rows_) return;
+    // What was there goes first: its values are of no use, and both at once may not fit.
+    memory_.reset();
+    rows_ = 0;
     const int64_t count = rows * stride_;
     memory_ = allocate<T>(count);
     std::memset(static_cast<void*>(memory_.get()), 0, static_cast<size_t>(count) * sizeof(T));
@@ -97,6 +100,8 @@ class Workspace {
 
   static void grow(Aligned<float>& memory, int64_t& size, int64_t wanted) {
     if (wanted <= size) return;
+    memory.reset();
+    size = 0;
     memory = allocate<float>(wanted);
     size = wanted;
   }

@@ -103,9 +103,9 @@ std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std:
   auto result = std::make_unique<PyEncoder>();
   EncoderConfig& config = result->config;
   constexpr std::array<const char*, 3> precisions{"fp32", "bf16", "int8"};
-  constexpr std::array<const char*, 4> activations{"none", "gelu_erf", "gelu_tanh", "relu"};
+  constexpr std::array<const char*, 3> activations{"gelu_erf", "gelu_tanh", "relu"};
   config.precision = static_cast<Precision>(index_of("precision", precision, precisions));
-  config.activation = static_cast<Activation>(index_of("activation", activation, activations));
+  config.activation = static_cast<Activation>(1 + index_of("activation", activation, activations));  // after `none`
   for (const auto& [name, table] : {std::pair<const char*, const Tensor&>{"word_embeddings", word},
                                     {"position_embeddings", position},
                                     {"token_type_embeddings", token_type}}) {

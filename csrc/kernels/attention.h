@@ -143,7 +143,7 @@ void attend(const Attention<T>& args, const AttentionTask& task, float* scratch)
   Weight* packed_keys = reinterpret_cast<Weight*>(scratch);
   Weight* packed_values = reinterpret_cast<Weight*>(scratch + keys * channels);
   float* scores = scratch + 2 * keys * channels;
-  Input* queries = reinterpret_cast<Input*>(scores + TILE_ROWS * score_stride);
+  Input* queries = reinterpret_cast<Input*>(scores + P::ROWS * score_stride);
 
   const T* q = args.q + sequence.batch * args.q_strides.batch + task.head * args.q_strides.head;
   const T* k = args.k + sequence.batch * args.k_strides.batch + task.head * args.k_strides.head;
@@ -158,7 +158,7 @@ void attend(const Attention<T>& args, const AttentionTask& task, float* scratch)
   // decides which score is the largest.
   const Vec unit = set1(std::abs(args.scale) * 1.44269504f);  // log2(e): powers of e become powers of 2
   const bool in_place = std::is_same_v<T, Input> && sequence.rows == nullptr;
-  const int64_t count = task.end_query - task.first_query, tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
+  const int64_t count = task.end_query - task.first_query, tiles = (count + P::ROWS - 1) / P::ROWS;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first_query = task.first_query + count * t / tiles;
     const int64_t rows = task.first_query + count * (t + 1) / tiles - first_query;
@@ -174,7 +174,7 @@ void attend(const Attention<T>& args, const AttentionTask& task, float* scratch)
       stride = channels;
     }
     product<P>(a, stride, packed_keys, score_steps, 0, rows, 0, keys / PANEL, StoreScores{scores, score_stride});
-    float factors[TILE_ROWS];
+    float factors[P::ROWS];
     for (int64_t i = 0; i < rows; ++i) {
       float* row = scores + i * score_stride;
       factors[i] = 1.0f / softmax_row<P>(row, length, unit, reinterpret_cast<Input*>(row));

@@ -22,7 +22,8 @@ void embedding_sum(const EmbeddingSum<T>& args, int64_t begin, int64_t end) {
   }
 }
 
-// One row to unsigned bytes; a row of equal values gets a scale of 1, and zeros.
+// One row to unsigned bytes; a row of equal values, or so close that the scale has no inverse, gets a scale of 1, and
+// zeros.
 template <class T>
 BERT_FAST_INLINE void quantize_row(const T* x, int64_t size, uint8_t* out, float& scale, float& minimum) {
   Vec low = set1(std::numeric_limits<float>::infinity()), high = set1(-std::numeric_limits<float>::infinity());
@@ -36,7 +37,7 @@ BERT_FAST_INLINE void quantize_row(const T* x, int64_t size, uint8_t* out, float
   }
   minimum = lowest(low) + sum(nothing);
   const float range = highest(high) - minimum;
-  scale = range > 0.0f ? range / 255.0f : 1.0f;
+  scale = range >= 255.0f * std::numeric_limits<float>::min() ? range / 255.0f : 1.0f;
   const Vec inverse = set1(1.0f / scale), shift = set1(minimum);
   for (int64_t i = 0; i < size; i += LANES) store_bytes(out + i, (load(x + i, size - i) - shift) * inverse, size - i);
 }

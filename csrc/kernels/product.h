@@ -51,13 +51,13 @@ template <class P, class Epilogue>
 using RunTile = void (*)(const typename P::Input*, int64_t, const typename P::Weight*, int64_t, int64_t, int64_t,
                          const Epilogue&);
 
-// run_tile for 1 to TILE_ROWS rows, by the number of rows less one.
+// run_tile for 1 to P::ROWS rows, by the number of rows less one.
 template <class P, class Epilogue, int... M>
 constexpr std::array<RunTile<P, Epilogue>, sizeof...(M)> tile_runners(std::integer_sequence<int, M...>) {
   return {run_tile<P, M + 1, TILE_VECTORS, Epilogue>...};
 }
 template <class P, class Epilogue>
-constexpr auto TILE_RUNNERS = tile_runners<P, Epilogue>(std::make_integer_sequence<int, TILE_ROWS>{});
+constexpr auto TILE_RUNNERS = tile_runners<P, Epilogue>(std::make_integer_sequence<int, P::ROWS>{});
 
 // Rows [row_begin, row_end) of `a` by the panels [panel_begin, panel_end) of `weights`.
 template <class P, class Epilogue>
@@ -67,8 +67,8 @@ BERT_FAST_INLINE void product(const typename P::Input* a, int64_t stride, const 
   constexpr int64_t width = TILE_VECTORS * LANES;
   static_assert(PANEL % width == 0);
   const int64_t row_bytes = std::max<int64_t>(1, steps * P::DEPTH * static_cast<int64_t>(sizeof(typename P::Input)));
-  const int64_t block_tiles = std::clamp<int64_t>(ROW_BLOCK_BYTES / (row_bytes * TILE_ROWS), 2, 8);
-  const int64_t rows = row_end - row_begin, tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  const int64_t block_tiles = std::clamp<int64_t>(ROW_BLOCK_BYTES / (row_bytes * P::ROWS), 2, 8);
+  const int64_t rows = row_end - row_begin, tiles = (rows + P::ROWS - 1) / P::ROWS;
   for (int64_t first = 0; first < tiles; first += block_tiles) {
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       for (int64_t t = first; t < std::min(first + block_tiles, tiles); ++t) {

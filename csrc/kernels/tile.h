@@ -7,9 +7,9 @@
 //   Bf16        bfloat16    bfloat16        2  float
 //   Int8        uint8_t     int8_t          4  int32, exact
 //
-// SUM_STEPS is how many steps are summed before they are rounded to join the rest (product.h); 0 is all of them.
-// The sum of an element runs over k in order, whatever M and N are, so a row's result does not depend on the rows that
-// share its tile.
+// A tile has up to ROWS rows. SUM_STEPS is how many steps are summed before they are rounded to join the rest
+// (product.h); 0 is all of them. The sum of an element runs over k in order, whatever M and N are, so a row's result
+// does not depend on the rows that share its tile.
 #pragma once
 
 #include "../kernel_table.h"
@@ -21,7 +21,7 @@ struct Fp32 {
   using Weight = float;
   using Sum = Vec;
   using Right = Vec;
-  static constexpr int DEPTH = 1;
+  static constexpr int DEPTH = 1, ROWS = TILE_ROWS;
   static constexpr int64_t SUM_STEPS = 384;
   static BERT_FAST_INLINE Right right(const Weight* p) { return load(p); }
   static BERT_FAST_INLINE Sum add(Sum total, const Input* a, Right b) { return fma(set1(*a), b, total); }
@@ -32,7 +32,7 @@ struct Bf16 {
   using Weight = bfloat16;
   using Sum = Vec;
   using Right = Bits;
-  static constexpr int DEPTH = 2;
+  static constexpr int DEPTH = 2, ROWS = TILE_ROWS_DOT2;
   static constexpr int64_t SUM_STEPS = 0;
   static BERT_FAST_INLINE Right right(const Weight* p) { return load_bits(p); }
   static BERT_FAST_INLINE Sum add(Sum total, const Input* a, Right b) { return dot2(total, set1_bits(a), b); }
@@ -43,7 +43,7 @@ struct Int8 {
   using Weight = int8_t;
   using Sum = Ints;
   using Right = Bits;
-  static constexpr int DEPTH = 4;
+  static constexpr int DEPTH = 4, ROWS = TILE_ROWS_DOT4;
   static constexpr int64_t SUM_STEPS = 0;
   static BERT_FAST_INLINE Right right(const Weight* p) { return load_bits(p); }
   static BERT_FAST_INLINE Sum add(Sum total, const Input* a, Right b) { return dot4(total, set1_bits(a), b); }

@@ -10,6 +10,8 @@ namespace bert_fast::BERT_FAST_ISA {
 typedef float Vec __attribute__((vector_size(32)));
 constexpr int LANES = 8;
 constexpr int TILE_ROWS = 6;
+constexpr int TILE_ROWS_DOT2 = 4;  // more would be spilt: each half of a pair takes registers of its own
+constexpr int TILE_ROWS_DOT4 = 4;
 constexpr int TILE_VECTORS = 2;
 constexpr bool HAS_DOT2 = false;
 
@@ -103,18 +105,26 @@ BERT_FAST_INLINE Bits set1_bits(const void* p) {
   std::memcpy(&lane, p, sizeof lane);
   return reinterpret_cast<Bits>(_mm256_set1_epi32(lane));
 }
+// One bfloat16 of each lane as float. Not with operators: GCC would take apart what it then broadcasts, in other
+// registers.
+BERT_FAST_INLINE Vec high_half(Bits v) {
+  return _mm256_castsi256_ps(_mm256_blend_epi16(_mm256_setzero_si256(), reinterpret_cast<__m256i>(v), 0xaa));
+}
+BERT_FAST_INLINE Vec low_half(Bits v) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(reinterpret_cast<__m256i>(v), 16));
+}
 BERT_FAST_INLINE Vec dot2(Vec total, Bits a, Bits b) {
-  constexpr int high = static_cast<int>(0xffff0000u);
-  total = fma(from_bits(a & high), from_bits(b & high), total);
-  return fma(from_bits(a << 16), from_bits(b << 16), total);
+  total = fma(high_half(a), high_half(b), total);
+  return fma(low_half(a), low_half(b), total);
 }
 // By way of 16-bit products: vpmaddubsw would saturate.
 BERT_FAST_INLINE Ints dot4(Ints total, Bits a, Bits b) {
   const __m256i left = reinterpret_cast<__m256i>(a), right = reinterpret_cast<__m256i>(b);
-  const __m256i a_even = _mm256_and_si256(left, _mm256_set1_epi16(0xff)), a_odd = _mm256_srli_epi16(left, 8);
+  // Shifts, because a mask would take a register from the sums.
+  const __m256i a_even = _mm256_srli_epi16(_mm256_slli_epi16(left, 8), 8), a_odd = _mm256_srli_epi16(left, 8);
   const __m256i b_even = _mm256_srai_epi16(_mm256_slli_epi16(right, 8), 8), b_odd = _mm256_srai_epi16(right, 8);
-  const __m256i sums = _mm256_add_epi32(_mm256_madd_epi16(a_even, b_even), _mm256_madd_epi16(a_odd, b_odd));
-  return total + reinterpret_cast<Ints>(sums);
+  total += reinterpret_cast<Ints>(_mm256_madd_epi16(a_even, b_even));
+  return total + reinterpret_cast<Ints>(_mm256_madd_epi16(a_odd, b_odd));
 }
 BERT_FAST_INLINE Vec to_float(Ints v) { return _mm256_cvtepi32_ps(reinterpret_cast<__m256i>(v)); }
 BERT_FAST_INLINE Bits pack_pairs(Vec low, Vec high) {

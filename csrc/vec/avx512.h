@@ -11,6 +11,9 @@ namespace bert_fast::BERT_FAST_ISA {
 typedef float Vec __attribute__((vector_size(64)));
 constexpr int LANES = 16;
 constexpr int TILE_ROWS = 14;
+// Where a dot product takes several instructions, each half of a pair takes registers of its own.
+constexpr int TILE_ROWS_DOT2 = BERT_FAST_BF16 ? 14 : 12;
+constexpr int TILE_ROWS_DOT4 = BERT_FAST_VNNI ? 14 : 12;
 constexpr int TILE_VECTORS = 2;
 constexpr bool HAS_DOT2 = BERT_FAST_BF16;
 
@@ -89,13 +92,20 @@ BERT_FAST_INLINE Bits set1_bits(const void* p) {
   std::memcpy(&lane, p, sizeof lane);
   return reinterpret_cast<Bits>(_mm512_set1_epi32(lane));
 }
+// One bfloat16 of each lane as float. Not with operators: GCC would take apart what it then broadcasts, in other
+// registers.
+BERT_FAST_INLINE Vec high_half(Bits v) {
+  return _mm512_castsi512_ps(_mm512_maskz_mov_epi16(0xaaaaaaaa, reinterpret_cast<__m512i>(v)));
+}
+BERT_FAST_INLINE Vec low_half(Bits v) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(reinterpret_cast<__m512i>(v), 16));
+}
 BERT_FAST_INLINE Vec dot2(Vec total, Bits a, Bits b) {
 #if BERT_FAST_BF16
   return _mm512_dpbf16_ps(total, (__m512bh)a, (__m512bh)b);
 #else
-  constexpr int high = static_cast<int>(0xffff0000u);
-  total = fma(from_bits(a & high), from_bits(b & high), total);
-  return fma(from_bits(a << 16), from_bits(b << 16), total);
+  total = fma(high_half(a), high_half(b), total);
+  return fma(low_half(a), low_half(b), total);
 #endif
 }
 BERT_FAST_INLINE Ints dot4(Ints total, Bits a, Bits b) {
@@ -103,10 +113,10 @@ BERT_FAST_INLINE Ints dot4(Ints total, Bits a, Bits b) {
 #if BERT_FAST_VNNI
   return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(total), left, right));
 #else  // by way of 16-bit products: vpmaddubsw would saturate
-  const __m512i a_even = _mm512_and_si512(left, _mm512_set1_epi16(0xff)), a_odd = _mm512_srli_epi16(left, 8);
+  const __m512i a_even = _mm512_maskz_mov_epi8(0x5555555555555555, left), a_odd = _mm512_srli_epi16(left, 8);
   const __m512i b_even = _mm512_srai_epi16(_mm512_slli_epi16(right, 8), 8), b_odd = _mm512_srai_epi16(right, 8);
-  const __m512i sums = _mm512_add_epi32(_mm512_madd_epi16(a_even, b_even), _mm512_madd_epi16(a_odd, b_odd));
-  return total + reinterpret_cast<Ints>(sums);
+  total += reinterpret_cast<Ints>(_mm512_madd_epi16(a_even, b_even));
+  return total + reinterpret_cast<Ints>(_mm512_madd_epi16(a_odd, b_odd));
 #endif
 }
 BERT_FAST_INLINE Vec to_float(Ints v) { return _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(v)); }

@@ -22,7 +22,7 @@
 //   dot4(sum, a, b)               sum + the four products of unsigned bytes of a and signed bytes of b, exactly
 //   to_float(sum)                 of integers, rounded to nearest
 //   pack_pairs(low, high)         two vectors as bfloat16, rounded to nearest even, side by side in each lane
-//   store_bytes(p, v, count)      the first min(count, LANES) lanes, integers from 0 to 255 as floats, to bytes
+//   store_bytes(p, v, count)      the first min(count, LANES) lanes, rounded, to bytes; from 0 to 255, any byte for NaN
 #pragma once
 
 #include "../kernel_table.h"
@@ -32,9 +32,11 @@ namespace bert_fast::BERT_FAST_ISA {
 
 using Vec = float;
 constexpr int LANES = 1;
-constexpr int TILE_ROWS = 2;      // of a tile of a product
-constexpr int TILE_VECTORS = 4;   // in each of them
-constexpr bool HAS_DOT2 = false;  // dot2 is one instruction
+constexpr int TILE_ROWS = 2;       // of a tile of a product of floats
+constexpr int TILE_ROWS_DOT2 = 2;  // of bfloat16
+constexpr int TILE_ROWS_DOT4 = 2;  // of bytes
+constexpr int TILE_VECTORS = 4;    // in each row
+constexpr bool HAS_DOT2 = false;   // dot2 is one instruction
 
 BERT_FAST_INLINE Vec set1(float value) { return value; }
 
@@ -115,7 +117,7 @@ BERT_FAST_INLINE Bits pack_pairs(Vec low, Vec high) {
   return load_bits(pair);
 }
 BERT_FAST_INLINE void store_bytes(uint8_t* p, Vec v, int64_t) {
-  *p = static_cast<uint8_t>(std::min(std::nearbyint(v), 255.0f));
+  *p = static_cast<uint8_t>(min(max(std::nearbyint(v), 0.0f), 255.0f));
 }
 
 BERT_FAST_INLINE Vec add_exponent(Vec v, Vec n) {

@@ -25,6 +25,7 @@ struct EncoderConfig {
   Activation activation;
   int64_t hidden_size, intermediate_size, num_heads;
   float eps;
+  OutlierChannels residual_outliers;  // of the inputs of `qkv` and `intermediate`
 };
 
 struct EncoderLayer {

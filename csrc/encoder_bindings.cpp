@@ -66,32 +66,53 @@ struct PyEncoder {
   int64_t num_layers;
 };
 
-// Tensors of a layer, in the order of `encoder.LAYER_PARAMETERS` in Python.
-EncoderLayer pack_layer(const EncoderConfig& config, const std::vector<Tensor>& tensors, size_t layer) {
+// A layer, checked. Tensors come in the order of `encoder.LAYER_PARAMETERS` in Python.
+struct LayerTensors {
+  LinearTensors query, key, value, attention_output, intermediate, output;
+  std::vector<float> attention_norm, output_norm;
+};
+
+LayerTensors checked_layer(const EncoderConfig& config, const std::vector<Tensor>& tensors, size_t layer) {
   TORCH_CHECK_VALUE(tensors.size() == 16, OP, ": layer ", layer, " has ", tensors.size(), " tensors, expected 16");
   const int64_t h = config.hidden_size, f = config.intermediate_size;
-  const int64_t width = round_up_to_panel(h);
   const std::string prefix = "layer " + std::to_string(layer) + " ";
   const auto linear = [&](const char* name, size_t index, int64_t out_features, int64_t in_features) {
     return checked_linear(prefix + name, tensors[index], tensors[index + 1], out_features, in_features);
   };
-  EncoderLayer result{PackedWeight(config.precision, 3 * width, h),
-                      PackedWeight(config.precision, h, h),
-                      PackedWeight(config.precision, f, h),
-                      PackedWeight(config.precision, h, f),
-                      checked_norm(prefix + "attention.output.LayerNorm", tensors[8], tensors[9], h),
-                      checked_norm(prefix + "output.LayerNorm", tensors[14], tensors[15], h)};
-  pack(result.qkv, linear("query", 0, h, h), 0);
-  pack(result.qkv, linear("key", 2, h, h), width);
-  pack(result.qkv, linear("value", 4, h, h), 2 * width);
-  pack(result.attention_output, linear("attention.output.dense", 6, h, h), 0);
-  pack(result.intermediate, linear("intermediate.dense", 10, f, h), 0);
-  pack(result.output, linear("output.dense", 12, h, f), 0);
+  return {linear("query", 0, h, h),
+          linear("key", 2, h, h),
+          linear("value", 4, h, h),
+          linear("attention.output.dense", 6, h, h),
+          linear("intermediate.dense", 10, f, h),
+          linear("output.dense", 12, h, f),
+          checked_norm(prefix + "attention.output.LayerNorm", tensors[8], tensors[9], h),
+          checked_norm(prefix + "output.LayerNorm", tensors[14], tensors[15], h)};
+}
+
+EncoderLayer pack_layer(const EncoderConfig& config, const LayerTensors& tensors) {
+  const int64_t h = config.hidden_size, f = config.intermediate_size;
+  const int64_t width = round_up_to_panel(h);
+  const auto own_outliers = [&](const LinearTensors& linear) {
+    if (config.precision != Precision::int8) return OutlierChannels{};
+    return outliers_by_largest_weight(data<float>(linear.weight), linear.weight.size(0), linear.weight.size(1));
+  };
+  EncoderLayer result{PackedWeight(config.precision, 3 * width, h, config.residual_outliers),
+                      PackedWeight(config.precision, h, h, own_outliers(tensors.attention_output)),
+                      PackedWeight(config.precision, f, h, config.residual_outliers),
+                      PackedWeight(config.precision, h, f, own_outliers(tensors.output)),
+                      tensors.attention_norm,
+                      tensors.output_norm};
+  pack(result.qkv, tensors.query, 0);
+  pack(result.qkv, tensors.key, width);
+  pack(result.qkv, tensors.value, 2 * width);
+  pack(result.attention_output, tensors.attention_output, 0);
+  pack(result.intermediate, tensors.intermediate, 0);
+  pack(result.output, tensors.output, 0);
   return result;
 }
 
-std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std::string& activation,
-                                        int64_t num_heads, double eps, const Tensor& word, const Tensor& position,
+std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std::string& activation, int64_t num_heads,
+                                        double eps, const Tensor& word, const Tensor& position,
                                         const Tensor& token_type, const Tensor& norm_weight, const Tensor& norm_bias,
                                         const std::vector<std::vector<Tensor>>& layers) {
   auto result = std::make_unique<PyEncoder>();
@@ -113,12 +134,22 @@ std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std:
   TORCH_CHECK_VALUE(num_heads > 0 && config.hidden_size % num_heads == 0, OP, ": num_heads is ", num_heads,
                     ", which does not divide hidden_size ", config.hidden_size);
   config.intermediate_size = layers.empty() || layers[0].size() < 11 ? 1 : layers[0][10].size(0);
+  TORCH_CHECK_VALUE(config.hidden_size > 0 && config.intermediate_size > 0, OP, ": hidden_size is ", config.hidden_size,
+                    " and intermediate_size ", config.intermediate_size, ", expected at least 1");
   result->word = contiguous(word);
   result->position = contiguous(position);
   result->token_type = contiguous(token_type);
   result->num_layers = static_cast<int64_t>(layers.size());
+  std::vector<LayerTensors> checked;
+  std::vector<const float*> writers;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    checked.push_back(checked_layer(config, layers[i], i));
+    writers.push_back(data<float>(checked.back().output.weight));
+  }
+  if (config.precision == Precision::int8)
+    config.residual_outliers = outliers_by_writers(writers, config.hidden_size, config.intermediate_size);
   std::vector<EncoderLayer> packed;
-  for (size_t i = 0; i < layers.size(); ++i) packed.push_back(pack_layer(config, layers[i], i));
+  for (const LayerTensors& layer : checked) packed.push_back(pack_layer(config, layer));
   const EmbeddingTables tables{result->word.const_data_ptr(), result->position.const_data_ptr(),
                                result->token_type.const_data_ptr(), word.scalar_type() == at::kBFloat16};
   result->encoder =
@@ -158,7 +189,8 @@ ForwardResult forward(const PyEncoder& self, const Tensor& input_ids, const Tens
   }
   if (!modes.empty()) {
     for (const std::string& mode : modes) output.modes.push_back(pooling_mode(mode));
-    result.pooled = at::empty({batch_size, static_cast<int64_t>(modes.size()) * size}, self.word.options().dtype(at::kFloat));
+    result.pooled =
+        at::empty({batch_size, static_cast<int64_t>(modes.size()) * size}, self.word.options().dtype(at::kFloat));
     output.pooled = mutable_data<float>(*result.pooled);
     output.normalize = normalize;
   }
@@ -184,8 +216,7 @@ void bind_encoder(py::module_& module) {
            py::arg("token_type_embeddings"), py::arg("norm_weight"), py::arg("norm_bias"), py::arg("layers"))
       .def("forward", wrap_pybind_function_no_gil(forward), py::arg("input_ids"), py::arg("position_ids"),
            py::arg("token_type_ids"), py::arg("cu_seqlens"), py::arg("want_rows") = true,
-           py::arg("want_states") = false, py::arg("modes") = std::vector<std::string>{},
-           py::arg("normalize") = false)
+           py::arg("want_states") = false, py::arg("modes") = std::vector<std::string>{}, py::arg("normalize") = false)
       .def("packed_bytes", [](const PyEncoder& self) { return self.encoder->bytes(); });
 }
 

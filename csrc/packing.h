@@ -1,9 +1,12 @@
-// Weights in the order in which products read them (PackedLinear in kernel_table.h), the same for every instruction set.
+// Weights in the order in which products read them (PackedLinear in kernel_table.h), the same for every instruction
+// set.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "kernel_table.h"
 
@@ -34,11 +37,24 @@ Aligned<T> allocate(int64_t count) {
   return Aligned<T>(static_cast<T*>(::operator new(bytes, std::align_val_t{64})));
 }
 
+// int8: input channels that stay float. A few channels are far larger than the rest in some tokens, and would leave
+// little of a row's 255 steps to the others; the weights tell which, so no text is needed to calibrate.
+using OutlierChannels = std::array<int64_t, OUTLIERS>;
+
+// Where an input comes from a layer of its own: the channels with the largest single weights. The networks that train
+// a neuron to be an outlier read it with a weight to match.
+OutlierChannels outliers_by_largest_weight(const float* weight, int64_t out_features, int64_t in_features);
+
+// Where an input is the residual stream, of which a channel is the same one in every layer: the channels that the
+// matrices which add to it, each (hidden_size, in_features), write with the largest weights in all, as a sum of
+// squares.
+OutlierChannels outliers_by_writers(const std::vector<const float*>& writers, int64_t hidden_size, int64_t in_features);
+
 // Owns a packed weight matrix and its bias.
 class PackedWeight {
  public:
   // Of (out_features, in_features); all zero until packed.
-  PackedWeight(Precision precision, int64_t out_features, int64_t in_features);
+  PackedWeight(Precision precision, int64_t out_features, int64_t in_features, const OutlierChannels& outliers);
 
   // Rows [begin, end) of a source matrix (rows, in_features) become the columns from `column` on; thread-safe for
   // different columns.
@@ -49,10 +65,16 @@ class PackedWeight {
   int64_t bytes() const;
 
  private:
+  enum VectorRow : int64_t { BIAS, SCALES, SUMS, OUTLIER_WEIGHTS, VECTOR_ROWS = OUTLIER_WEIGHTS + OUTLIERS };
+
+  float* vector(VectorRow row) const { return vectors_.get() + row * out_features_; }
+  void pack_int8(const float* row, int64_t column);
+
   Precision precision_;
   int64_t out_features_, in_features_, depth_;  // the first padded to whole panels, the last is in_features padded
   Aligned<uint8_t> panels_;
-  Aligned<float> vectors_;  // bias, scales, sums
+  Aligned<float> vectors_;  // (VECTOR_ROWS, out_features)
+  OutlierChannels outliers_;
 };
 
 }  // namespace bert_fast

@@ -1,9 +1,11 @@
 // out = act(input weight^T + bias) + residual, over packed weights: the product of product.h and what follows while a
 // tile is in registers.
 //
-// int8: a row of inputs is scale * u + minimum, with u its unsigned bytes, and a row of weights is scale * s, with s its
-// signed bytes. So the product is row scale * weight scale * sum(u s) + row minimum * weight scale * sum(s), of which the
-// first sum is exact and the second is known when the weights are packed.
+// int8: a row of inputs is scale * u + minimum, with u its unsigned bytes, and a row of weights is scale * s, with s
+// its signed bytes. So the product is row scale * weight scale * sum(u s) + row minimum * weight scale * sum(s), of
+// which the first sum is exact and the second is known when the weights are packed. The outliers, for which s is zero,
+// are multiplied as floats (a mixed-precision decomposition as in LLM.int8(), Dettmers et al., 2022, but of channels
+// that packing.h chooses from the weights).
 #pragma once
 
 #include "../vec/math.h"
@@ -19,8 +21,11 @@ struct Affine {
   BERT_FAST_INLINE Vec operator()(typename P::Sum total, int64_t row, int64_t column) const {
     const PackedLinear& weight = args.weight;
     if constexpr (std::is_same_v<P, Int8>) {
-      const Vec shift = fma(set1(args.input_minimum[row]), load(weight.sums + column), load(weight.bias + column));
-      return fma(to_float(total) * load(weight.scales + column), set1(args.input_scale[row]), shift);
+      const RowCode& code = args.input_codes[row];
+      Vec shift = fma(set1(code.minimum), load(weight.sums + column), load(weight.bias + column));
+      for (int64_t i = 0; i < OUTLIERS; ++i)
+        shift = fma(set1(code.outliers[i]), load(weight.outliers + i * weight.out_features + column), shift);
+      return fma(to_float(total) * load(weight.scales + column), set1(code.scale), shift);
     } else {
       return total + load(weight.bias + column);
     }
@@ -40,8 +45,7 @@ struct Store {
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j)
-        BERT_FAST_ISA::store(out + i * args.out_stride + j * LANES,
-                             affine(sums[i][j], row + i, column + j * LANES));
+        BERT_FAST_ISA::store(out + i * args.out_stride + j * LANES, affine(sums[i][j], row + i, column + j * LANES));
   }
 };
 
@@ -59,9 +63,9 @@ struct StoreResidual {
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j)
-        BERT_FAST_ISA::store(out + i * args.out_stride + j * LANES,
-                             affine(sums[i][j], row + i, column + j * LANES) +
-                                 load(residual + i * args.residual_stride + j * LANES));
+        BERT_FAST_ISA::store(
+            out + i * args.out_stride + j * LANES,
+            affine(sums[i][j], row + i, column + j * LANES) + load(residual + i * args.residual_stride + j * LANES));
   }
 };
 
@@ -106,7 +110,8 @@ struct StoreActivated {
 template <class P>
 void linear(const Linear& args, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {
   using Narrow = std::conditional_t<std::is_same_v<P, Fp32>, float, bfloat16>;  // what attention reads
-  using Wide = std::conditional_t<std::is_same_v<P, Bf16>, bfloat16, float>;    // what the next product reads or quantises
+  using Wide =
+      std::conditional_t<std::is_same_v<P, Bf16>, bfloat16, float>;  // what the next product reads or quantises
   const auto run = [&](const auto& epilogue) {
     product<P>(static_cast<const typename P::Input*>(args.input), args.input_stride,
                static_cast<const typename P::Weight*>(args.weight.panels), args.weight.depth / P::DEPTH, row_begin,

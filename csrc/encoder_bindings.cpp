@@ -66,49 +66,46 @@ struct PyEncoder {
   int64_t num_layers;
 };
 
-// A layer, checked. Tensors come in the order of `encoder.LAYER_PARAMETERS` in Python.
-struct LayerTensors {
-  LinearTensors query, key, value, attention_output, intermediate, output;
-  std::vector<float> attention_norm, output_norm;
-};
-
-LayerTensors checked_layer(const EncoderConfig& config, const std::vector<Tensor>& tensors, size_t layer) {
+// Tensors of a layer, in the order of `encoder.LAYER_PARAMETERS` in Python.
+EncoderLayer pack_layer(const EncoderConfig& config, const std::vector<Tensor>& tensors, size_t layer) {
   TORCH_CHECK_VALUE(tensors.size() == 16, OP, ": layer ", layer, " has ", tensors.size(), " tensors, expected 16");
   const int64_t h = config.hidden_size, f = config.intermediate_size;
+  const int64_t width = round_up_to_panel(h);
   const std::string prefix = "layer " + std::to_string(layer) + " ";
   const auto linear = [&](const char* name, size_t index, int64_t out_features, int64_t in_features) {
     return checked_linear(prefix + name, tensors[index], tensors[index + 1], out_features, in_features);
   };
-  return {linear("query", 0, h, h),
-          linear("key", 2, h, h),
-          linear("value", 4, h, h),
-          linear("attention.output.dense", 6, h, h),
-          linear("intermediate.dense", 10, f, h),
-          linear("output.dense", 12, h, f),
-          checked_norm(prefix + "attention.output.LayerNorm", tensors[8], tensors[9], h),
-          checked_norm(prefix + "output.LayerNorm", tensors[14], tensors[15], h)};
+  const auto own_outliers = [&](const LinearTensors& tensors) {
+    if (config.precision != Precision::int8) return OutlierChannels{};
+    return outliers_by_largest_weight(data<float>(tensors.weight), tensors.weight.size(0), tensors.weight.size(1));
+  };
+  const LinearTensors attention_output = linear("attention.output.dense", 6, h, h);
+  const LinearTensors output = linear("output.dense", 12, h, f);
+  EncoderLayer result{PackedWeight(config.precision, 3 * width, h, config.residual_outliers),
+                      PackedWeight(config.precision, h, h, own_outliers(attention_output)),
+                      PackedWeight(config.precision, f, h, config.residual_outliers),
+                      PackedWeight(config.precision, h, f, own_outliers(output)),
+                      checked_norm(prefix + "attention.output.LayerNorm", tensors[8], tensors[9], h),
+                      checked_norm(prefix + "output.LayerNorm", tensors[14], tensors[15], h)};
+  pack(result.qkv, linear("query", 0, h, h), 0);
+  pack(result.qkv, linear("key", 2, h, h), width);
+  pack(result.qkv, linear("value", 4, h, h), 2 * width);
+  pack(result.attention_output, attention_output, 0);
+  pack(result.intermediate, linear("intermediate.dense", 10, f, h), 0);
+  pack(result.output, output, 0);
+  return result;
 }
 
-EncoderLayer pack_layer(const EncoderConfig& config, const LayerTensors& tensors) {
+OutlierChannels residual_outliers(const EncoderConfig& config, const std::vector<std::vector<Tensor>>& layers) {
   const int64_t h = config.hidden_size, f = config.intermediate_size;
-  const int64_t width = round_up_to_panel(h);
-  const auto own_outliers = [&](const LinearTensors& linear) {
-    if (config.precision != Precision::int8) return OutlierChannels{};
-    return outliers_by_largest_weight(data<float>(linear.weight), linear.weight.size(0), linear.weight.size(1));
-  };
-  EncoderLayer result{PackedWeight(config.precision, 3 * width, h, config.residual_outliers),
-                      PackedWeight(config.precision, h, h, own_outliers(tensors.attention_output)),
-                      PackedWeight(config.precision, f, h, config.residual_outliers),
-                      PackedWeight(config.precision, h, f, own_outliers(tensors.output)),
-                      tensors.attention_norm,
-                      tensors.output_norm};
-  pack(result.qkv, tensors.query, 0);
-  pack(result.qkv, tensors.key, width);
-  pack(result.qkv, tensors.value, 2 * width);
-  pack(result.attention_output, tensors.attention_output, 0);
-  pack(result.intermediate, tensors.intermediate, 0);
-  pack(result.output, tensors.output, 0);
-  return result;
+  std::vector<float> strengths(static_cast<size_t>(h), 0.0f);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if (layers[i].size() != 16) continue;  // refused when it is packed
+    const std::string name = "layer " + std::to_string(i) + " output.dense";
+    const LinearTensors output = checked_linear(name, layers[i][12], layers[i][13], h, f);
+    add_writing_strengths(data<float>(output.weight), f, strengths);
+  }
+  return strongest(strengths);
 }
 
 std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std::string& activation, int64_t num_heads,
@@ -140,16 +137,9 @@ std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std:
   result->position = contiguous(position);
   result->token_type = contiguous(token_type);
   result->num_layers = static_cast<int64_t>(layers.size());
-  std::vector<LayerTensors> checked;
-  std::vector<const float*> writers;
-  for (size_t i = 0; i < layers.size(); ++i) {
-    checked.push_back(checked_layer(config, layers[i], i));
-    writers.push_back(data<float>(checked.back().output.weight));
-  }
-  if (config.precision == Precision::int8)
-    config.residual_outliers = outliers_by_writers(writers, config.hidden_size, config.intermediate_size);
+  if (config.precision == Precision::int8) config.residual_outliers = residual_outliers(config, layers);
   std::vector<EncoderLayer> packed;
-  for (const LayerTensors& layer : checked) packed.push_back(pack_layer(config, layer));
+  for (size_t i = 0; i < layers.size(); ++i) packed.push_back(pack_layer(config, layers[i], i));
   const EmbeddingTables tables{result->word.const_data_ptr(), result->position.const_data_ptr(),
                                result->token_type.const_data_ptr(), word.scalar_type() == at::kBFloat16};
   result->encoder =

@@ -23,7 +23,8 @@ void scatter(const float* row, int64_t size, int64_t group, T* to, const Convert
   for (int64_t k = 0; k < size; ++k) to[k / group * PANEL * group + k % group] = convert(row[k]);
 }
 
-// The channels with the largest strengths, of which there is at least one; the first again where there are too few.
+}  // namespace
+
 OutlierChannels strongest(const std::vector<float>& strengths) {
   std::vector<int64_t> channels(strengths.size());
   std::iota(channels.begin(), channels.end(), 0);
@@ -38,8 +39,6 @@ OutlierChannels strongest(const std::vector<float>& strengths) {
   return result;
 }
 
-}  // namespace
-
 OutlierChannels outliers_by_largest_weight(const float* weight, int64_t out_features, int64_t in_features) {
   std::vector<float> largest(static_cast<size_t>(in_features), 0.0f);
   for (int64_t i = 0; i < out_features; ++i)
@@ -50,16 +49,12 @@ OutlierChannels outliers_by_largest_weight(const float* weight, int64_t out_feat
   return strongest(largest);
 }
 
-OutlierChannels outliers_by_writers(const std::vector<const float*>& writers, int64_t hidden_size,
-                                    int64_t in_features) {
-  std::vector<float> squares(static_cast<size_t>(hidden_size), 0.0f);
-  for (const float* weight : writers)
-    for (int64_t i = 0; i < hidden_size; ++i) {
-      const float* row = weight + i * in_features;
-      const float square = std::inner_product(row, row + in_features, row, 0.0f);
-      if (std::isfinite(square)) squares[static_cast<size_t>(i)] += square;
-    }
-  return strongest(squares);
+void add_writing_strengths(const float* weight, int64_t in_features, std::vector<float>& strengths) {
+  for (float& strength : strengths) {
+    const float square = std::inner_product(weight, weight + in_features, weight, 0.0f);
+    if (std::isfinite(square)) strength += square;
+    weight += in_features;
+  }
 }
 
 PackedWeight::PackedWeight(Precision precision, int64_t out_features, int64_t in_features,

@@ -37,18 +37,21 @@ Aligned<T> allocate(int64_t count) {
   return Aligned<T>(static_cast<T*>(::operator new(bytes, std::align_val_t{64})));
 }
 
-// int8: input channels that stay float. A few channels are far larger than the rest in some tokens, and would leave
-// little of a row's 255 steps to the others; the weights tell which, so no text is needed to calibrate.
+// int8: the input channels of a product that stay float. A few channels are far larger than the others in some tokens,
+// and would leave the others few of a row's 255 steps; their weights tell which, so no text is needed to calibrate.
 using OutlierChannels = std::array<int64_t, OUTLIERS>;
 
-// Where an input comes from a layer of its own: the channels with the largest single weights. The networks that train
-// a neuron to be an outlier read it with a weight to match.
+// The channels with the largest strengths, of which there is at least one; the first again where there are too few.
+OutlierChannels strongest(const std::vector<float>& strengths);
+
+// Where the input is inside a layer (context, wide activations): the channels with the largest single weights. A neuron
+// that is trained to be an outlier is read with weights to match.
 OutlierChannels outliers_by_largest_weight(const float* weight, int64_t out_features, int64_t in_features);
 
-// Where an input is the residual stream, of which a channel is the same one in every layer: the channels that the
-// matrices which add to it, each (hidden_size, in_features), write with the largest weights in all, as a sum of
-// squares.
-OutlierChannels outliers_by_writers(const std::vector<const float*>& writers, int64_t hidden_size, int64_t in_features);
+// Where the input is the residual stream, a channel of which is the same one in every layer: the strongest ones, over
+// the wide matrices of all layers that add to it, each (hidden_size, in_features). Adds the squares of the weights of
+// one to `strengths` (hidden_size), except of rows that are not finite.
+void add_writing_strengths(const float* weight, int64_t in_features, std::vector<float>& strengths);
 
 // Owns a packed weight matrix and its bias.
 class PackedWeight {

@@ -127,7 +127,12 @@ def test_outlier_channel_leaves_the_others_their_precision() -> None:
     """The channel that the feed-forward writes most strongly, and a neuron read with a large weight, stay float."""
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
+        vocab_size=50,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        initializer_range=0.2,
     )
     model = BertModel(config).eval()
     for layer in model.encoder.layer:
@@ -137,4 +142,5 @@ def test_outlier_channel_leaves_the_others_their_precision() -> None:
     expected = embed_exactly(model, sequences)
     rows = embed(make_engine(model, "int8"), sequences)
     others = torch.arange(64) != 5
-    assert relative_error(rows[:, others], expected[:, others]) <= 0.02
+    # Measured: 0.014, and 0.023 where those channels are bytes too.
+    assert relative_error(rows[:, others], expected[:, others]) <= 0.018

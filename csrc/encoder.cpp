@@ -262,11 +262,11 @@ class Encoder::Forward {
       each_panel(layer.qkv, [&](Range panels) { project_qkv(i, space, all, panels); });
       team.run(step++, static_cast<int64_t>(tasks.size()),
                [&](int64_t task) { attend(space, tasks[static_cast<size_t>(task)], own.scratch.get()); });
-      if (config_.precision == Precision::int8) each_row([&](Range rows) { quantize_context(space, rows); });
+      if (config_.precision == Precision::int8) each_row([&](Range rows) { quantize_context(layer, space, rows); });
       each_panel(layer.attention_output, [&](Range panels) { project_context(layer, space, all, panels); });
       each_row([&](Range rows) { normalize(layer.attention_norm, space, rows); });
       each_panel(layer.intermediate, [&](Range panels) { widen(layer, space, space, all, 0, panels); });
-      if (config_.precision == Precision::int8) each_row([&](Range rows) { quantize_wide(space, rows); });
+      if (config_.precision == Precision::int8) each_row([&](Range rows) { quantize_wide(layer, space, rows); });
       each_panel(layer.output, [&](Range panels) { narrow(layer, space, space, all, 0, panels); });
       each_row([&](Range rows) {
         normalize(layer.output_norm, space, rows);
@@ -310,8 +310,8 @@ class Encoder::Forward {
                             space.hidden.stride(),
                             fp32 ? nullptr : space.input.row(0),
                             space.input.stride(),
-                            int8 ? space.scales.get() : nullptr,
-                            int8 ? space.minimum(0) : nullptr};
+                            int8 ? space.codes.get() : nullptr,
+                            int8 ? config_.residual_outliers.data() : nullptr};
     const LayerNorm<float> layer_norm{norm.values.data(), norm.values.data() + config_.hidden_size, config_.hidden_size,
                                       norm.eps};
     kernels_.normalize({space.product.row(0), space.product.stride(), layer_norm, prepared}, rows.begin, rows.end);
@@ -346,27 +346,27 @@ class Encoder::Forward {
   // The rest of a layer, row by row; `own` has the wide activations.
   void after_attention(int64_t index, const Workspace& space, const Workspace& own, Range rows) const {
     const EncoderLayer& layer = encoder_.layers_[static_cast<size_t>(index)];
-    if (config_.precision == Precision::int8) quantize_context(space, rows);
+    if (config_.precision == Precision::int8) quantize_context(layer, space, rows);
     project_context(layer, space, rows, all_panels(layer.attention_output));
     normalize(layer.attention_norm, space, rows);
     widen(layer, space, own, rows, rows.begin, all_panels(layer.intermediate));
-    if (config_.precision == Precision::int8) quantize_wide(own, {0, rows.end - rows.begin});
+    if (config_.precision == Precision::int8) quantize_wide(layer, own, {0, rows.end - rows.begin});
     narrow(layer, space, own, rows, rows.begin, all_panels(layer.output));
     normalize(layer.output_norm, space, rows);
   }
 
-  void quantize_context(const Workspace& space, Range rows) const {
+  void quantize_context(const EncoderLayer& layer, const Workspace& space, Range rows) const {
     table_.bf16.quantize(
         {space.context.row(0), space.context.stride(), config_.hidden_size, static_cast<uint8_t*>(space.input.row(0)),
-         space.input.stride(), space.scales.get(), space.minimum(0)},
+         space.input.stride(), space.codes.get(), layer.attention_output.view().outlier_channels},
         rows.begin, rows.end);
   }
 
-  void quantize_wide(const Workspace& own, Range rows) const {
-    table_.f32.quantize(
-        {own.wide_sums.row(0), own.wide_sums.stride(), config_.intermediate_size,
-         static_cast<uint8_t*>(own.wide.row(0)), own.wide.stride(), own.wide_scales.get(), own.wide_minimum(0)},
-        rows.begin, rows.end);
+  void quantize_wide(const EncoderLayer& layer, const Workspace& own, Range rows) const {
+    table_.f32.quantize({own.wide_sums.row(0), own.wide_sums.stride(), config_.intermediate_size,
+                         static_cast<uint8_t*>(own.wide.row(0)), own.wide.stride(), own.wide_codes.get(),
+                         layer.output.view().outlier_channels},
+                        rows.begin, rows.end);
   }
 
   void project_context(const EncoderLayer& layer, const Workspace& space, Range rows, Range panels) const {
@@ -397,8 +397,7 @@ class Encoder::Forward {
     args.weight = layer.output.view();
     args.input = own.wide.row(0);
     args.input_stride = own.wide.stride();
-    args.input_scale = int8 ? own.wide_scales.get() : nullptr;
-    args.input_minimum = int8 ? own.wide_minimum(0) : nullptr;
+    args.input_codes = int8 ? own.wide_codes.get() : nullptr;
     to_product(args, space, first);
     run_linear(args, {rows.begin - first, rows.end - first}, panels);
   }
@@ -410,8 +409,7 @@ class Encoder::Forward {
     const bool fp32 = config_.precision == Precision::fp32, int8 = config_.precision == Precision::int8;
     args.input = fp32 ? space.hidden.row(first) : space.input.row(first);
     args.input_stride = fp32 ? space.hidden.stride() : space.input.stride();
-    args.input_scale = int8 ? space.scales.get() + first : nullptr;
-    args.input_minimum = int8 ? space.minimum(first) : nullptr;
+    args.input_codes = int8 ? space.codes.get() + first : nullptr;
     args.activation = Activation::none;
     return args;
   }

@@ -24,6 +24,7 @@ struct EncoderConfig {
   Precision precision;
   Activation activation;  // not none
   int64_t hidden_size, intermediate_size, num_heads;
+  OutlierChannels residual_outliers = NO_OUTLIERS;  // int8: of the inputs of `qkv` and `intermediate`
 };
 
 // A LayerNorm's weight, then its bias, (2, hidden_size), and what is added to the variance.

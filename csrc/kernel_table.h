@@ -9,6 +9,9 @@ namespace bert_fast {
 // Columns that a panel of packed weights holds.
 constexpr int64_t PANEL = 32;
 
+// Input channels of an int8 product that stay float: no byte is shared with them, however large their values are.
+constexpr int64_t OUTLIERS = 2;
+
 struct bfloat16 {
   uint16_t bits;
 };
@@ -112,11 +115,18 @@ enum class Activation { none, gelu_erf, gelu_tanh, relu };
 // A weight matrix (out_features, in_features), packed for one precision; the layout is the same for every instruction
 // set. out_features is padded to whole panels and in_features to whole PANELs, with zeros.
 struct PackedLinear {
-  const void* panels;   // (panels, depth / group, PANEL, group): float, pairs of bfloat16, or groups of four int8_t
-  const float* bias;    // (panels * PANEL)
-  const float* scales;  // (panels * PANEL); int8: a weight is its byte times the scale of its column
-  const float* sums;    // (panels * PANEL); int8: the sum of the weights of a column
-  int64_t depth;        // in_features, padded
+  const void* panels;     // (panels, depth / group, PANEL, group): float, pairs of bfloat16, or groups of four int8_t
+  const float* bias;      // (panels * PANEL)
+  const float* scales;    // (panels * PANEL); int8: a weight is its byte times the scale of its column
+  const float* sums;      // (panels * PANEL); int8: the sum of the weights of a column
+  const float* outliers;  // (OUTLIERS, panels * PANEL); int8: weights of the channels that stay float
+  const int64_t* outlier_channels;  // (OUTLIERS); int8: which they are
+  int64_t out_features, depth;      // padded; depth is in_features
+};
+
+// What the bytes of a row stand for: a value is scale * byte + minimum, or one of the outliers.
+struct RowCode {
+  float scale, minimum, outliers[OUTLIERS];
 };
 
 // out = activation(input weight^T + bias) + residual. Rows of `out` and `residual` have room for whole panels.
@@ -124,8 +134,7 @@ struct Linear {
   PackedLinear weight;
   const void* input;  // rows of `depth` floats, bfloat16 or uint8_t
   int64_t input_stride;
-  const float* input_scale;    // (rows); int8: an input is its byte times the scale of its row, plus its minimum
-  const float* input_minimum;  // (rows)
+  const RowCode* input_codes;  // (rows); int8
   // Rows of float where there is a residual; with an activation, the precision's input type, or float for int8; or else
   // the type that attention reads: float for fp32, bfloat16 otherwise.
   void* out;
@@ -141,8 +150,8 @@ struct Prepared {
   int64_t hidden_stride;
   void* input;  // the same as bfloat16 or uint8_t, zero up to a whole PANEL; null for fp32
   int64_t input_stride;
-  float* scale;  // (rows); int8
-  float* minimum;
+  RowCode* codes;                   // (rows); int8
+  const int64_t* outlier_channels;  // (OUTLIERS); int8
 };
 
 // LayerNorm of rows of floats, prepared for the product that follows.
@@ -153,15 +162,16 @@ struct Normalize {
   Prepared out;
 };
 
-// Rows of float or bfloat16 to unsigned bytes: scale = (max - min) / 255, byte = round((x - min) / scale).
+// Rows of float or bfloat16 to unsigned bytes: scale = (max - min) / 255, byte = round((x - min) / scale), where the
+// outliers are taken for zero.
 struct Quantize {
-  const void* x;
+  void* x;  // where there are outliers written on the way, and restored
   int64_t x_stride;
   int64_t size;  // values of a row
   uint8_t* out;  // zero from `size` to a whole PANEL
   int64_t out_stride;
-  float* scale;
-  float* minimum;
+  RowCode* codes;                   // (rows)
+  const int64_t* outlier_channels;  // (OUTLIERS), distinct or not; negative for none
 };
 
 // The sums of three rows of tables, as floats.

@@ -5,8 +5,10 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace bert_fast {
 namespace {
@@ -23,61 +25,108 @@ void scatter(const float* row, int64_t size, int64_t group, T* to, const Convert
 
 }  // namespace
 
-PackedWeight::PackedWeight(Precision precision, int64_t out_features, int64_t in_features)
+OutlierChannels strongest(const std::vector<float>& strengths) {
+  std::vector<int64_t> channels(strengths.size());
+  std::iota(channels.begin(), channels.end(), 0);
+  const int64_t count = std::min(OUTLIERS, static_cast<int64_t>(channels.size()));
+  std::partial_sort(channels.begin(), channels.begin() + count, channels.end(), [&](int64_t a, int64_t b) {
+    const float x = strengths[static_cast<size_t>(a)], y = strengths[static_cast<size_t>(b)];
+    return x != y ? x > y : a < b;
+  });
+  OutlierChannels result;
+  result.fill(channels[0]);
+  std::copy_n(channels.begin(), count, result.begin());
+  return result;
+}
+
+OutlierChannels outliers_by_largest_weight(const float* weight, int64_t out_features, int64_t in_features) {
+  std::vector<float> largest(static_cast<size_t>(in_features), 0.0f);
+  for (int64_t i = 0; i < out_features; ++i)
+    for (int64_t k = 0; k < in_features; ++k) {
+      float& value = largest[static_cast<size_t>(k)];
+      value = std::max(value, std::abs(weight[i * in_features + k]));  // a NaN is not larger
+    }
+  return strongest(largest);
+}
+
+void add_writing_strengths(const float* weight, int64_t in_features, std::vector<float>& strengths) {
+  for (float& strength : strengths) {
+    const float square = std::inner_product(weight, weight + in_features, weight, 0.0f);
+    if (std::isfinite(square)) strength += square;
+    weight += in_features;
+  }
+}
+
+PackedWeight::PackedWeight(Precision precision, int64_t out_features, int64_t in_features,
+                           const OutlierChannels& outliers)
     : precision_(precision),
       out_features_(round_up_to_panel(out_features)),
       in_features_(in_features),
       depth_(round_up_to_panel(in_features)),
       panels_(allocate<uint8_t>(out_features_ * depth_ * element_size(precision))),
-      vectors_(allocate<float>(3 * out_features_)) {
+      vectors_(allocate<float>(VECTOR_ROWS * out_features_)),
+      outliers_(outliers) {
   constexpr int64_t max_int8_features = (int64_t{1} << 31) / (255 * 128);  // beyond, a sum may not fit 32 bits
   if (precision == Precision::int8 && in_features > max_int8_features)
     throw std::invalid_argument("int8 takes up to " + std::to_string(max_int8_features) + " in_features, not " +
                                 std::to_string(in_features));
   std::memset(panels_.get(), 0, static_cast<size_t>(out_features_ * depth_ * element_size(precision)));
-  std::fill_n(vectors_.get(), 3 * out_features_, 0.0f);
+  std::fill_n(vectors_.get(), VECTOR_ROWS * out_features_, 0.0f);
 }
 
 void PackedWeight::pack(const float* weight, const float* bias, int64_t begin, int64_t end, int64_t column) {
   for (int64_t i = begin; i < end; ++i, ++column) {
     const float* row = weight + i * in_features_;
     const int64_t panel = column / PANEL * PANEL * depth_, lane = column % PANEL;
-    vectors_[column] = bias[i];
+    vector(BIAS)[column] = bias[i];
     if (precision_ == Precision::fp32) {
       scatter(row, in_features_, 1, reinterpret_cast<float*>(panels_.get()) + panel + lane,
               [](float value) { return value; });
     } else if (precision_ == Precision::bf16) {
       scatter(row, in_features_, 2, reinterpret_cast<bfloat16*>(panels_.get()) + panel + 2 * lane, to_bfloat16);
     } else {
-      float largest = 0.0f;
-      bool is_finite = true;
-      for (int64_t k = 0; k < in_features_; ++k) {
-        largest = std::max(largest, std::abs(row[k]));
-        is_finite = is_finite && std::isfinite(row[k]);
-      }
-      // A column with a NaN or an infinity gives NaN; one so small that the scale has no inverse counts as zero.
-      const bool has_scale = largest >= 127.0f * std::numeric_limits<float>::min();
-      const float scale = !is_finite ? std::numeric_limits<float>::quiet_NaN() : has_scale ? largest / 127.0f : 1.0f;
-      const float inverse = is_finite ? 1.0f / scale : 0.0f;
-      int64_t total = 0;
-      scatter(row, in_features_, 4, reinterpret_cast<int8_t*>(panels_.get()) + panel + 4 * lane, [&](float value) {
-        const auto rounded = static_cast<int8_t>(is_finite ? std::nearbyint(value * inverse) : 0.0f);
-        total += rounded;
-        return rounded;
-      });
-      vectors_[out_features_ + column] = scale;
-      vectors_[2 * out_features_ + column] = scale * static_cast<float>(total);
+      pack_int8(row, column);
     }
   }
 }
 
+void PackedWeight::pack_int8(const float* from, int64_t column) {
+  std::vector<float> row(from, from + in_features_);
+  float* outlier = vector(OUTLIER_WEIGHTS) + column;
+  for (const int64_t channel : outliers_) {
+    // One that comes twice counts once.
+    if (channel >= 0) *outlier = std::exchange(row[static_cast<size_t>(channel)], 0.0f);
+    outlier += out_features_;
+  }
+  float largest = 0.0f;
+  bool is_finite = true;
+  for (const float value : row) {
+    largest = std::max(largest, std::abs(value));
+    is_finite = is_finite && std::isfinite(value);
+  }
+  // A column with a NaN or an infinity gives NaN; one so small that the scale has no inverse counts as zero.
+  const bool has_scale = largest >= 127.0f * std::numeric_limits<float>::min();
+  const float scale = !is_finite ? std::numeric_limits<float>::quiet_NaN() : has_scale ? largest / 127.0f : 1.0f;
+  const float inverse = is_finite ? 1.0f / scale : 0.0f;
+  int64_t total = 0;
+  int8_t* panel = reinterpret_cast<int8_t*>(panels_.get()) + column / PANEL * PANEL * depth_;
+  scatter(row.data(), in_features_, 4, panel + 4 * (column % PANEL), [&](float value) {
+    const auto rounded = static_cast<int8_t>(is_finite ? std::nearbyint(value * inverse) : 0.0f);
+    total += rounded;
+    return rounded;
+  });
+  vector(SCALES)[column] = scale;
+  vector(SUMS)[column] = scale * static_cast<float>(total);
+}
+
 PackedLinear PackedWeight::view() const {
-  const float* vectors = vectors_.get();
-  return {panels_.get(), vectors, vectors + out_features_, vectors + 2 * out_features_, depth_};
+  return {panels_.get(),           vector(BIAS),     vector(SCALES), vector(SUMS),
+          vector(OUTLIER_WEIGHTS), outliers_.data(), out_features_,  depth_};
 }
 
 int64_t PackedWeight::bytes() const {
-  return out_features_ * depth_ * element_size(precision_) + 3 * out_features_ * static_cast<int64_t>(sizeof(float));
+  return out_features_ * depth_ * element_size(precision_) +
+         VECTOR_ROWS * out_features_ * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace bert_fast

@@ -2,9 +2,11 @@
 // set.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "kernel_table.h"
 
@@ -35,11 +37,30 @@ Aligned<T> allocate(int64_t count) {
   return Aligned<T>(static_cast<T*>(::operator new(bytes, std::align_val_t{64})));
 }
 
+// int8: the input channels of a product that stay float. A few channels are far larger than the others in some tokens,
+// and would leave the others few of a row's 255 steps; their weights tell which, so no text is needed to calibrate.
+// Negative for none.
+using OutlierChannels = std::array<int64_t, OUTLIERS>;
+constexpr OutlierChannels NO_OUTLIERS{-1, -1};
+
+// The channels with the largest strengths, of which there is at least one; the first again where there are too few.
+OutlierChannels strongest(const std::vector<float>& strengths);
+
+// Where the input is inside a layer (context, wide activations): the channels with the largest single weights. A neuron
+// that is trained to be an outlier is read with weights to match.
+OutlierChannels outliers_by_largest_weight(const float* weight, int64_t out_features, int64_t in_features);
+
+// Where the input is the residual stream, a channel of which is the same one in every layer: the strongest ones, over
+// the wide matrices of all layers that add to it, each (hidden_size, in_features). Adds the squares of the weights of
+// one to `strengths` (hidden_size), except of rows that are not finite.
+void add_writing_strengths(const float* weight, int64_t in_features, std::vector<float>& strengths);
+
 // Owns a packed weight matrix and its bias.
 class PackedWeight {
  public:
   // Of (out_features, in_features); all zero until packed.
-  PackedWeight(Precision precision, int64_t out_features, int64_t in_features);
+  PackedWeight(Precision precision, int64_t out_features, int64_t in_features,
+               const OutlierChannels& outliers = NO_OUTLIERS);
 
   // Rows [begin, end) of a source matrix (rows, in_features) become the columns from `column` on; thread-safe for
   // different columns.
@@ -50,10 +71,16 @@ class PackedWeight {
   int64_t bytes() const;
 
  private:
+  enum VectorRow : int64_t { BIAS, SCALES, SUMS, OUTLIER_WEIGHTS, VECTOR_ROWS = OUTLIER_WEIGHTS + OUTLIERS };
+
+  float* vector(VectorRow row) const { return vectors_.get() + row * out_features_; }
+  void pack_int8(const float* row, int64_t column);
+
   Precision precision_;
   int64_t out_features_, in_features_, depth_;  // the first padded to whole panels, the last is in_features padded
   Aligned<uint8_t> panels_;
-  Aligned<float> vectors_;  // bias, scales, sums
+  Aligned<float> vectors_;  // (VECTOR_ROWS, out_features)
+  OutlierChannels outliers_;
 };
 
 }  // namespace bert_fast

@@ -74,15 +74,11 @@ class Workspace {
     if (precision_ != Precision::fp32) input.reserve(rows);
     if (precision_ == Precision::int8) {
       wide_sums.reserve(wide_rows);
-      grow(scales, scales_size_, 2 * rows);
-      grow(wide_scales, wide_scales_size_, 2 * wide_rows);
+      grow(codes, codes_size_, rows);
+      grow(wide_codes, wide_codes_size_, wide_rows);
     }
     grow(scratch, scratch_size_, scratch_size);
   }
-
-  // The first half of `scales` holds the scale of each row, the second its minimum.
-  float* minimum(int64_t row) const { return scales.get() + scales_size_ / 2 + row; }
-  float* wide_minimum(int64_t row) const { return wide_scales.get() + wide_scales_size_ / 2 + row; }
 
   RowBuffer<float> hidden;     // the residual stream
   RowBuffer<float> product;    // sums before LayerNorm
@@ -90,7 +86,7 @@ class Workspace {
   TypedBuffer qkv, context;    // what attention reads and writes: float for fp32, bfloat16 otherwise
   TypedBuffer wide;            // activations of intermediate_size, in the precision's type
   RowBuffer<float> wide_sums;  // int8: the same before they are quantised
-  Aligned<float> scales, wide_scales;
+  Aligned<RowCode> codes, wide_codes;  // int8: of the rows of `input` and `wide`
   Aligned<float> scratch;
 
  private:
@@ -98,16 +94,17 @@ class Workspace {
     return precision == Precision::fp32 ? 4 : precision == Precision::bf16 ? 2 : 1;
   }
 
-  static void grow(Aligned<float>& memory, int64_t& size, int64_t wanted) {
+  template <class T>
+  static void grow(Aligned<T>& memory, int64_t& size, int64_t wanted) {
     if (wanted <= size) return;
     memory.reset();
     size = 0;
-    memory = allocate<float>(wanted);
+    memory = allocate<T>(wanted);
     size = wanted;
   }
 
   Precision precision_;
-  int64_t scales_size_ = 0, wide_scales_size_ = 0, scratch_size_ = 0;
+  int64_t codes_size_ = 0, wide_codes_size_ = 0, scratch_size_ = 0;
 };
 
 }  // namespace bert_fast

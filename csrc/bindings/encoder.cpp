@@ -80,19 +80,37 @@ EncoderLayer pack_layer(const EncoderConfig& config, const std::vector<Tensor>& 
   const auto linear = [&](const char* name, size_t index, int64_t out_features, int64_t in_features) {
     return checked_linear(prefix + name, tensors[index], tensors[index + 1], out_features, in_features);
   };
-  EncoderLayer result{PackedWeight(config.precision, 3 * width, h),
-                      PackedWeight(config.precision, h, h),
-                      PackedWeight(config.precision, f, h),
-                      PackedWeight(config.precision, h, f),
+  const auto own_outliers = [&](const LinearTensors& tensors) {
+    if (config.precision != Precision::int8) return NO_OUTLIERS;
+    return outliers_by_largest_weight(data<float>(tensors.weight), tensors.weight.size(0), tensors.weight.size(1));
+  };
+  const LinearTensors attention_output = linear("attention.output.dense", 6, h, h);
+  const LinearTensors output = linear("output.dense", 12, h, f);
+  EncoderLayer result{PackedWeight(config.precision, 3 * width, h, config.residual_outliers),
+                      PackedWeight(config.precision, h, h, own_outliers(attention_output)),
+                      PackedWeight(config.precision, f, h, config.residual_outliers),
+                      PackedWeight(config.precision, h, f, own_outliers(output)),
                       checked_norm(prefix + "attention.output.LayerNorm", tensors[8], tensors[9], eps.first, h),
                       checked_norm(prefix + "output.LayerNorm", tensors[14], tensors[15], eps.second, h)};
   pack(result.qkv, linear("query", 0, h, h), 0);
   pack(result.qkv, linear("key", 2, h, h), width);
   pack(result.qkv, linear("value", 4, h, h), 2 * width);
-  pack(result.attention_output, linear("attention.output.dense", 6, h, h), 0);
+  pack(result.attention_output, attention_output, 0);
   pack(result.intermediate, linear("intermediate.dense", 10, f, h), 0);
-  pack(result.output, linear("output.dense", 12, h, f), 0);
+  pack(result.output, output, 0);
   return result;
+}
+
+OutlierChannels residual_outliers(const EncoderConfig& config, const std::vector<std::vector<Tensor>>& layers) {
+  const int64_t h = config.hidden_size, f = config.intermediate_size;
+  std::vector<float> strengths(static_cast<size_t>(h), 0.0f);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if (layers[i].size() != 16) continue;  // refused when it is packed
+    const std::string name = "layer " + std::to_string(i) + " output.dense";
+    const LinearTensors output = checked_linear(name, layers[i][12], layers[i][13], h, f);
+    add_writing_strengths(data<float>(output.weight), f, strengths);
+  }
+  return strongest(strengths);
 }
 
 std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std::string& activation, int64_t num_heads,
@@ -121,10 +139,13 @@ std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std:
   TORCH_CHECK_VALUE(layer_norm_eps.size() == layers.size(), OP, ": layer_norm_eps has ", layer_norm_eps.size(),
                     " pairs, expected ", layers.size());
   config.intermediate_size = layers.empty() || layers[0].size() < 11 ? 1 : layers[0][10].size(0);
+  TORCH_CHECK_VALUE(config.hidden_size > 0 && config.intermediate_size > 0, OP, ": hidden_size is ", config.hidden_size,
+                    " and intermediate_size ", config.intermediate_size, ", expected at least 1");
   result->word = contiguous(word);
   result->position = contiguous(position);
   result->token_type = contiguous(token_type);
   result->num_layers = static_cast<int64_t>(layers.size());
+  if (config.precision == Precision::int8) config.residual_outliers = residual_outliers(config, layers);
   std::vector<EncoderLayer> packed;
   for (size_t i = 0; i < layers.size(); ++i) packed.push_back(pack_layer(config, layers[i], layer_norm_eps[i], i));
   const EmbeddingTables tables{result->word.const_data_ptr(), result->position.const_data_ptr(),

@@ -209,7 +209,8 @@ Tensor linear(const Tensor& x, const Tensor& panels, const Tensor& vectors, int6
   const Tensor source = as_rows(x, rows);
   const Tensor input = is_int8 ? room_for(rows, in_features, at::kByte)
                                : padded(source, panels.scalar_type(), rows_collide(source, out_features));
-  const Tensor scales = at::empty({2, is_int8 ? rows : 0}, at::kFloat);
+  const auto codes = allocate<RowCode>(is_int8 ? rows : 0);
+  const Tensor no_outliers = at::zeros({OUTLIERS, is_int8 ? width : 0}, at::kFloat);
   // The kernels write floats in fp32, where there is a residual, and where an activation is to be quantised.
   const bool wants_floats = residual.has_value() || normalizes || !is_bfloat16;
   const bool writes_floats = is_fp32 || (activates ? is_int8 : wants_floats);
@@ -221,12 +222,17 @@ Tensor linear(const Tensor& x, const Tensor& panels, const Tensor& vectors, int6
   }
   const Tensor product = at::empty({rows, width}, writes_floats ? at::kFloat : at::kBFloat16);
   Linear args{};
-  args.weight = {panels.const_data_ptr(), data<float>(vectors), data<float>(vectors) + width,
-                 data<float>(vectors) + 2 * width, depth};
+  args.weight = {panels.const_data_ptr(),
+                 data<float>(vectors),
+                 data<float>(vectors) + width,
+                 data<float>(vectors) + 2 * width,
+                 data<float>(no_outliers),
+                 NO_OUTLIERS.data(),
+                 width,
+                 depth};
   args.input = input.const_data_ptr();
   args.input_stride = input.stride(0);
-  args.input_scale = data<float>(scales);
-  args.input_minimum = args.input_scale + (is_int8 ? rows : 0);
+  args.input_codes = codes.get();
   args.out = product.mutable_data_ptr();
   args.out_stride = width;
   args.residual = added.defined() ? data<float>(added) : nullptr;
@@ -239,9 +245,14 @@ Tensor linear(const Tensor& x, const Tensor& panels, const Tensor& vectors, int6
       normalizes ? at::empty({rows, out_features}, x.options()) : product.narrow(1, 0, out_features);
   const auto prepare = [&](int64_t begin, int64_t end) {
     if (!is_int8) return;
-    const Quantize bytes{source.const_data_ptr(),           source.stride(0), in_features,
-                         mutable_data<uint8_t>(input),      input.stride(0),  mutable_data<float>(scales),
-                         mutable_data<float>(scales) + rows};
+    // Without outliers the source is only read.
+    const Quantize bytes{const_cast<void*>(source.const_data_ptr()),
+                         source.stride(0),
+                         in_features,
+                         mutable_data<uint8_t>(input),
+                         input.stride(0),
+                         codes.get(),
+                         NO_OUTLIERS.data()};
     (is_bfloat16 ? table.bf16.quantize : table.f32.quantize)(bytes, begin, end);
   };
   const auto multiply = [&](int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end) {

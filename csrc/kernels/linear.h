@@ -3,7 +3,9 @@
 //
 // int8: a row of inputs is scale * u + minimum, with u its unsigned bytes, and a row of weights is scale * s, with s
 // its signed bytes. So the product is row scale * weight scale * sum(u s) + row minimum * weight scale * sum(s), of
-// which the first sum is exact and the second is known when the weights are packed.
+// which the first sum is exact and the second is known when the weights are packed. The outliers, for which s is zero,
+// are multiplied as floats (a mixed-precision decomposition as in LLM.int8(), Dettmers et al., 2022, but of channels
+// that packing.h chooses from the weights).
 #pragma once
 
 #include "../vec/math.h"
@@ -11,18 +13,31 @@
 
 namespace bert_fast::BERT_FAST_ISA {
 
-// The sums of a tile as floats, with the bias.
+// The sums of LANES columns as floats, with the bias. What belongs to the columns is loaded once for all rows of a
+// tile, because loads are what an epilogue waits for.
 template <class P>
 struct Affine {
-  const Linear& args;
+  const RowCode* codes;
+  Vec bias, scales, sums, outliers[OUTLIERS];
 
-  BERT_FAST_INLINE Vec operator()(typename P::Sum total, int64_t row, int64_t column) const {
-    const PackedLinear& weight = args.weight;
+  BERT_FAST_INLINE Affine(const Linear& args, int64_t column)
+      : codes(args.input_codes), bias(load(args.weight.bias + column)) {
     if constexpr (std::is_same_v<P, Int8>) {
-      const Vec shift = fma(set1(args.input_minimum[row]), load(weight.sums + column), load(weight.bias + column));
-      return fma(to_float(total) * load(weight.scales + column), set1(args.input_scale[row]), shift);
+      const PackedLinear& weight = args.weight;
+      scales = load(weight.scales + column);
+      sums = load(weight.sums + column);
+      for (int64_t i = 0; i < OUTLIERS; ++i) outliers[i] = load(weight.outliers + i * weight.out_features + column);
+    }
+  }
+
+  BERT_FAST_INLINE Vec operator()(typename P::Sum total, int64_t row) const {
+    if constexpr (std::is_same_v<P, Int8>) {
+      const RowCode& code = codes[row];
+      Vec shift = fma(set1(code.minimum), sums, bias);
+      for (int64_t i = 0; i < OUTLIERS; ++i) shift = fma(set1(code.outliers[i]), outliers[i], shift);
+      return fma(to_float(total) * scales, set1(code.scale), shift);
     } else {
-      return total + load(weight.bias + column);
+      return total + bias;
     }
   }
 };
@@ -35,12 +50,13 @@ struct Store {
   template <int M, int N>
   BERT_FAST_INLINE void store(int64_t row, int64_t column, const typename P::Sum (&sums)[M][N]) const {
     T* out = static_cast<T*>(args.out) + row * args.out_stride + column;
-    const Affine<P> affine{args};
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j)
-        BERT_FAST_ISA::store(out + i * args.out_stride + j * LANES, affine(sums[i][j], row + i, column + j * LANES));
+    for (int j = 0; j < N; ++j) {
+      const Affine<P> affine(args, column + j * LANES);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i)
+        BERT_FAST_ISA::store(out + i * args.out_stride + j * LANES, affine(sums[i][j], row + i));
+    }
   }
 };
 
@@ -53,14 +69,14 @@ struct StoreResidual {
   BERT_FAST_INLINE void store(int64_t row, int64_t column, const typename P::Sum (&sums)[M][N]) const {
     float* out = static_cast<float*>(args.out) + row * args.out_stride + column;
     const float* residual = args.residual + row * args.residual_stride + column;
-    const Affine<P> affine{args};
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j)
-        BERT_FAST_ISA::store(
-            out + i * args.out_stride + j * LANES,
-            affine(sums[i][j], row + i, column + j * LANES) + load(residual + i * args.residual_stride + j * LANES));
+    for (int j = 0; j < N; ++j) {
+      const Affine<P> affine(args, column + j * LANES);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i)
+        BERT_FAST_ISA::store(out + i * args.out_stride + j * LANES,
+                             affine(sums[i][j], row + i) + load(residual + i * args.residual_stride + j * LANES));
+    }
   }
 };
 
@@ -90,12 +106,12 @@ struct StoreActivated {
   template <int M, int N>
   BERT_FAST_INLINE void store(int64_t row, int64_t column, const typename P::Sum (&sums)[M][N]) const {
     alignas(64) float values[M * N * LANES];
-    const Affine<P> affine{args};
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j)
-        BERT_FAST_ISA::store(values + (i * N + j) * LANES, affine(sums[i][j], row + i, column + j * LANES));
+    for (int j = 0; j < N; ++j) {
+      const Affine<P> affine(args, column + j * LANES);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) BERT_FAST_ISA::store(values + (i * N + j) * LANES, affine(sums[i][j], row + i));
+    }
     T* out = static_cast<T*>(args.out) + row * args.out_stride + column;
     for (int i = 0; i < M; ++i)
       activate<std::is_same_v<P, Fp32>>(args.activation, values + i * N * LANES, N * LANES, out + i * args.out_stride);

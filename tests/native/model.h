@@ -20,7 +20,7 @@ struct Model {
 
   Model(Random& random, Precision precision, Activation activation, int64_t hidden, int64_t intermediate, int64_t heads,
         int64_t layers)
-      : config{precision, activation, hidden, intermediate, heads},
+      : config{precision, activation, hidden, intermediate, heads, {hidden / 3, hidden - 1}},
         num_layers(layers),
         words(random.normals(WORDS * hidden)),
         positions(random.normals(POSITIONS * hidden)),

@@ -23,7 +23,8 @@ struct Case {
   std::vector<float> weight, bias;
   PackedWeight packed;
   Fenced<uint8_t> input;  // in the precision's type
-  Fenced<float> input_scale, input_minimum, residual;
+  Fenced<RowCode> codes;
+  Fenced<float> residual;
   int64_t input_stride, residual_stride;
   Activation activation = Activation::none;
   bool has_residual = false;
@@ -39,10 +40,9 @@ struct Case {
         padded(round_up_to_panel(n)),
         weight(random.normals(n * k)),
         bias(random.normals(n)),
-        packed(p, n, k),
+        packed(p, n, k, random.chance(0.5) ? NO_OUTLIERS : OutlierChannels{random.integer(0, k - 1), k / 2}),
         input((m == 0 ? 0 : (m - 1) * (depth + 4) + depth) * element_size()),
-        input_scale(m),
-        input_minimum(m),
+        codes(m),
         residual(m == 0 ? 0 : (m - 1) * (padded + 3) + padded),
         input_stride(depth + 4),
         residual_stride(padded + 3) {
@@ -52,8 +52,7 @@ struct Case {
     packed.pack(weight.data(), bias.data(), 0, cut, 0);
     for (int64_t i = 0; i < residual.size(); ++i) residual[i] = random.normal();
     for (int64_t row = 0; row < rows; ++row) {
-      input_scale[row] = std::abs(random.normal()) / 255;
-      input_minimum[row] = random.normal();
+      codes[row] = {std::abs(random.normal()) / 255, random.normal(), {random.normal(), random.normal()}};
       for (int64_t i = 0; i < depth; ++i) {
         const float value = i < k ? random.normal() : 0.0f;
         void* to = input.data() + (row * input_stride + i) * element_size();
@@ -95,9 +94,15 @@ struct Case {
 
   template <class T>
   Linear args(const Fenced<T>& out, int64_t out_stride) const {
-    return {packed.view(),        input.data(), input_stride, input_scale.data(),
-            input_minimum.data(), out.data(),   out_stride,   has_residual ? residual.data() : nullptr,
-            residual_stride,      activation};
+    return {packed.view(),
+            input.data(),
+            input_stride,
+            codes.data(),
+            out.data(),
+            out_stride,
+            has_residual ? residual.data() : nullptr,
+            residual_stride,
+            activation};
   }
 };
 
@@ -116,11 +121,17 @@ Expected expected_sum(const Case& c, int64_t row, int64_t column) {
   const PackedLinear view = c.packed.view();
   double value = sum + view.bias[column];
   double tolerance = FLOAT_EPS * static_cast<double>(c.depth + 2) * (size + std::abs(view.bias[column]));
-  if (c.precision == Precision::int8) {  // the sum is exact, what follows are five roundings
-    const double product = sum * view.scales[column] * c.input_scale[row];
-    const double shift = static_cast<double>(c.input_minimum[row]) * view.sums[column];
-    value = product + shift + view.bias[column];
-    tolerance = 5 * FLOAT_EPS * (std::abs(product) + std::abs(shift) + std::abs(view.bias[column]));
+  if (c.precision == Precision::int8) {  // the sum is exact, what follows are a few roundings
+    const RowCode& code = c.codes[row];
+    std::vector<double> terms{sum * view.scales[column] * code.scale,
+                              static_cast<double>(code.minimum) * view.sums[column], view.bias[column]};
+    for (int64_t i = 0; i < OUTLIERS; ++i)
+      terms.push_back(static_cast<double>(code.outliers[i]) * view.outliers[i * view.out_features + column]);
+    value = tolerance = 0;
+    for (const double term : terms) {
+      value += term;
+      tolerance += (5 + OUTLIERS) * FLOAT_EPS * std::abs(term);
+    }
   }
   if (c.has_residual) {
     const double residual = c.residual[row * c.residual_stride + column];
@@ -174,10 +185,10 @@ void check_case(Random& random, Case& c, const std::vector<const KernelTable*>& 
     if (row_begin == row_end) continue;
     const int64_t bad = random.integer(row_begin, row_end - 1);
     Fenced<uint8_t> clean(c.input);
-    const float minimum = c.input_minimum[bad];
+    const float minimum = c.codes[bad].minimum;
     std::memset(c.input.data() + bad * c.input_stride * c.element_size(), 0xff,
                 static_cast<size_t>(c.in_features * c.element_size()));
-    c.input_minimum[bad] = std::numeric_limits<float>::quiet_NaN();
+    c.codes[bad].minimum = std::numeric_limits<float>::quiet_NaN();
     linear(isa)(c.args(single, out_stride), row_begin, row_end, panel_begin, panel_end);
     for (int64_t i = 0; i < out.size(); ++i) {
       if (i / out_stride != bad) {
@@ -187,7 +198,7 @@ void check_case(Random& random, Case& c, const std::vector<const KernelTable*>& 
         CHECK(std::isnan(to_float(single[i])));
       }
     }
-    c.input_minimum[bad] = minimum;
+    c.codes[bad].minimum = minimum;
     std::memcpy(c.input.data(), clean.data(), static_cast<size_t>(clean.size()));
   }
   context = before;

@@ -55,11 +55,11 @@ void check_linear(Random& random, const KernelTable& isa, Precision precision) {
   weight.pack(values.data(), bias.data(), 0, out_features, 0);
   const Rows<T> input(random, rows, in_features);
   const Rows<float> out(random, rows, out_features), residual(random, rows, out_features);
-  const Fenced<float> scale = random_memory<float>(random, rows), minimum = random_memory<float>(random, rows);
+  const Fenced<RowCode> codes(rows);  // no bytes here
   const auto run = [&](const void* x, int64_t x_stride, float* y, int64_t y_stride, const float* r, int64_t r_stride) {
     isa.precisions[static_cast<int>(precision)].linear(
-        {weight.view(), x, x_stride, scale.data(), minimum.data(), y, y_stride, r, r_stride, Activation::none}, 0, rows,
-        0, weight.panels());
+        {weight.view(), x, x_stride, codes.data(), y, y_stride, r, r_stride, Activation::none}, 0, rows, 0,
+        weight.panels());
   };
   run(input.near.data(), input.stride, out.near.data(), out.stride, residual.near.data(), residual.stride);
   run(input.far.data(), FAR, out.far.data(), FAR, residual.far.data(), FAR);
@@ -133,24 +133,26 @@ void check_strided(Random& random, const KernelTable& isa) {
   isa.of<T>().pooling({x.far.data(), FAR, cu_seqlens, own_pooled.data(), size, PoolingMode::mean}, 0, 2);
   CHECK(same_bits(pooled, own_pooled));
   const Rows<float> sums(random, rows, size), hidden(random, rows, size);
-  const Fenced<float> scale(rows), minimum(rows), weight = random_memory<float>(random, size);
+  const Fenced<RowCode> codes(rows);
+  const OutlierChannels outliers{3, size - 1};
+  const Fenced<float> weight = random_memory<float>(random, size);
   const Fenced<uint8_t> bytes(rows * size);
   const Sparse<uint8_t> far_bytes((rows - 1) * FAR + size);
   const auto check = [&] {
     for (int64_t row = 0; row < rows; ++row)
       CHECK(std::memcmp(bytes.data() + row * size, far_bytes.data() + row * FAR, size) == 0);
   };
-  isa.of<T>().quantize({x.near.data(), x.stride, size, bytes.data(), size, scale.data(), minimum.data()}, 0, rows);
-  isa.of<T>().quantize({x.far.data(), FAR, size, far_bytes.data(), FAR, scale.data(), minimum.data()}, 0, rows);
+  isa.of<T>().quantize({x.near.data(), x.stride, size, bytes.data(), size, codes.data(), outliers.data()}, 0, rows);
+  isa.of<T>().quantize({x.far.data(), FAR, size, far_bytes.data(), FAR, codes.data(), outliers.data()}, 0, rows);
   check();
   const LayerNorm<float> norm{weight.data(), weight.data(), size, 1e-5f};
   isa.precisions[2].normalize({sums.near.data(),
                                sums.stride,
                                norm,
-                               {hidden.near.data(), hidden.stride, bytes.data(), size, scale.data(), minimum.data()}},
+                               {hidden.near.data(), hidden.stride, bytes.data(), size, codes.data(), outliers.data()}},
                               0, rows);
   isa.precisions[2].normalize(
-      {sums.far.data(), FAR, norm, {hidden.far.data(), FAR, far_bytes.data(), FAR, scale.data(), minimum.data()}}, 0,
+      {sums.far.data(), FAR, norm, {hidden.far.data(), FAR, far_bytes.data(), FAR, codes.data(), outliers.data()}}, 0,
       rows);
   check();
   hidden.check();

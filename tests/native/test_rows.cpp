@@ -70,6 +70,17 @@ struct NormCase {
   LayerNorm<float> norm() const { return {weight.data(), bias.data(), size, eps}; }
 };
 
+OutlierChannels random_outliers(Random& random, int64_t size) {
+  if (random.chance(0.5)) return NO_OUTLIERS;
+  return {random.integer(0, size - 1), random.integer(0, size - 1)};
+}
+
+bool same_code(const RowCode& a, const RowCode& b) {
+  bool result = is_close(a.minimum, b.minimum, 0) && (std::isnan(a.minimum) || is_close(a.scale, b.scale, 0));
+  for (int64_t i = 0; i < OUTLIERS; ++i) result = result && is_close(a.outliers[i], b.outliers[i], 0);
+  return result;
+}
+
 // normalize writes floats, and the same rows as bfloat16, or as bytes as quantize would.
 void fuzz_normalize(Random& random, const std::vector<const KernelTable*>& isas) {
   const NormCase c(random, random.of(sizes));
@@ -87,7 +98,9 @@ void fuzz_normalize(Random& random, const std::vector<const KernelTable*>& isas)
   const std::string before = context;
   for (const KernelTable* isa : isas) {
     context = before + ", " + isa->name;
-    const Fenced<float> hidden = floats(), hidden16 = floats(), hidden8 = floats(), scales(rows), minima(rows);
+    const Fenced<float> hidden = floats(), hidden16 = floats(), hidden8 = floats();
+    const Fenced<RowCode> codes(rows), own_codes(rows);
+    const OutlierChannels outliers = random_outliers(random, c.size);
     const Fenced<bfloat16> narrow(rows == 0 ? 0 : (rows - 1) * out_stride + c.size);
     const Fenced<uint8_t> bytes(rows == 0 ? 0 : (rows - 1) * out_stride + c.size);
     isa->precisions[0].normalize(
@@ -95,23 +108,23 @@ void fuzz_normalize(Random& random, const std::vector<const KernelTable*>& isas)
     isa->precisions[1].normalize(
         {x.data(), x_stride, c.norm(), {hidden16.data(), out_stride, narrow.data(), out_stride, nullptr, nullptr}},
         begin, end);
-    isa->precisions[2].normalize({x.data(),
-                                  x_stride,
-                                  c.norm(),
-                                  {hidden8.data(), out_stride, bytes.data(), out_stride, scales.data(), minima.data()}},
-                                 begin, end);
+    isa->precisions[2].normalize(
+        {x.data(),
+         x_stride,
+         c.norm(),
+         {hidden8.data(), out_stride, bytes.data(), out_stride, codes.data(), outliers.data()}},
+        begin, end);
     check_same(hidden, hidden16);
     check_same(hidden, hidden8);
     const Fenced<uint8_t> own_bytes(bytes.size());
-    const Fenced<float> own_scales(rows), own_minima(rows);
     isas[0]->f32.quantize(
-        {hidden.data(), out_stride, c.size, own_bytes.data(), out_stride, own_scales.data(), own_minima.data()}, begin,
+        {hidden.data(), out_stride, c.size, own_bytes.data(), out_stride, own_codes.data(), outliers.data()}, begin,
         end);
     for (int64_t row = 0; row < rows; ++row) {
       const bool is_in = row >= begin && row < end;
       std::vector<float> values(x.data() + row * x_stride, x.data() + row * x_stride + c.size);
       if (is_in) check_layer_norm(expected, hidden, row, out_stride, values, c.weight, c.bias, c.eps);
-      if (is_in && !is_wild(values)) CHECK(scales[row] == own_scales[row] && minima[row] == own_minima[row]);
+      if (is_in && !is_wild(values)) CHECK(same_code(codes[row], own_codes[row]));
       for (int64_t i = 0; i < (row + 1 < rows ? out_stride : c.size); ++i) {
         const int64_t at = row * out_stride + i;
         if (!is_in || i >= c.size) {
@@ -126,7 +139,7 @@ void fuzz_normalize(Random& random, const std::vector<const KernelTable*>& isas)
   context = before;
 }
 
-// Bytes, scales and minima are equal on every instruction set.
+// Bytes and codes are equal on every instruction set; outliers count as zero in the range, and x comes back as it was.
 template <class T>
 void fuzz_quantize(Random& random, const std::vector<const KernelTable*>& isas) {
   const int64_t size = random.of(sizes), rows = random.integer(0, 5);
@@ -137,28 +150,34 @@ void fuzz_quantize(Random& random, const std::vector<const KernelTable*>& isas) 
   for (int64_t i = 0; i < x.size(); ++i)
     x[i] = from_float<T>(random.chance(0.001) ? strange(random) : scale * random.normal());
   const int64_t bytes = rows == 0 ? 0 : (rows - 1) * out_stride + size;
-  const auto run = [&](const KernelTable* isa, const Fenced<uint8_t>& out, const Fenced<float>& scales,
-                       const Fenced<float>& minima) {
-    isa->of<T>().quantize({x.data(), x_stride, size, out.data(), out_stride, scales.data(), minima.data()}, begin, end);
+  const OutlierChannels outliers = random_outliers(random, size);
+  const auto is_outlier = [&](int64_t i) { return std::count(outliers.begin(), outliers.end(), i) > 0; };
+  const Fenced<T> before_all(x);
+  const auto run = [&](const KernelTable* isa, const Fenced<uint8_t>& out, const Fenced<RowCode>& codes) {
+    isa->of<T>().quantize({x.data(), x_stride, size, out.data(), out_stride, codes.data(), outliers.data()}, begin,
+                          end);
+    CHECK(same_bits(x, before_all));
   };
   const Fenced<uint8_t> expected(bytes);
-  const Fenced<float> scales(rows), minima(rows);
-  run(isas[0], expected, scales, minima);
+  const Fenced<RowCode> codes(rows);
+  run(isas[0], expected, codes);
   for (int64_t row = begin; row < end; ++row) {
     bool is_finite = true;
     float low = std::numeric_limits<float>::infinity(), high = -low;
     for (int64_t i = 0; i < size; ++i) {
-      const float v = to_float(x[row * x_stride + i]);
+      const float v = is_outlier(i) ? 0.0f : to_float(x[row * x_stride + i]);
       is_finite = is_finite && std::isfinite(v);
       low = std::min(low, v);
       high = std::max(high, v);
     }
-    CHECK(is_finite || std::isnan(minima[row]));
+    CHECK(is_finite || std::isnan(codes[row].minimum));
     if (!is_finite || !std::isfinite(high - low)) continue;
-    CHECK(minima[row] == low);
+    CHECK(codes[row].minimum == low);
+    for (int64_t i = 0; i < OUTLIERS; ++i)
+      CHECK(outliers[i] < 0 || is_close(codes[row].outliers[i], to_float(x[row * x_stride + outliers[i]]), 0));
     for (int64_t i = 0; i < size; ++i) {
-      const double v = to_float(x[row * x_stride + i]);
-      const double restored = static_cast<double>(expected[row * out_stride + i]) * scales[row] + minima[row];
+      const double v = is_outlier(i) ? 0.0 : to_float(x[row * x_stride + i]);
+      const double byte = expected[row * out_stride + i], restored = byte * codes[row].scale + codes[row].minimum;
       CHECK_CLOSE(v, restored,
                   0.501 * std::max(static_cast<double>(high) - low, 0.0) / 255 + 4e-36 + 1e-6 * std::abs(v));
     }
@@ -167,11 +186,11 @@ void fuzz_quantize(Random& random, const std::vector<const KernelTable*>& isas) 
   for (const KernelTable* isa : isas) {
     context = before + ", " + isa->name;
     const Fenced<uint8_t> out(bytes);
-    const Fenced<float> own_scales(rows), own_minima(rows);
-    run(isa, out, own_scales, own_minima);
+    const Fenced<RowCode> own_codes(rows);
+    run(isa, out, own_codes);
     for (int64_t row = 0; row < rows; ++row) {
-      const bool is_nan = std::isnan(minima[row]), is_wild = is_nan || !std::isfinite(scales[row]);
-      CHECK(is_close(minima[row], own_minima[row], 0) && (is_nan || is_close(scales[row], own_scales[row], 0)));
+      const bool is_wild = std::isnan(codes[row].minimum) || !std::isfinite(codes[row].scale);
+      if (row >= begin && row < end) CHECK(same_code(codes[row], own_codes[row]));
       for (int64_t i = 0; i < (row + 1 < rows ? out_stride : size); ++i) {
         if (row < begin || row >= end || i >= size) {
           CHECK(out.is_untouched(row * out_stride + i));

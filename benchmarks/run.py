@@ -62,17 +62,22 @@ def main() -> None:
             for key in options.models:
                 result["rows"] += bench_encoder(settings, MODELS[key], options.cases or MODELS[key].cases)
         if "sweep" in options.parts:
-            result["sweep"] = bench_sweep(settings)
+            result["sweep"] += bench_sweep(settings)
         if "strings" in options.parts:
-            result["strings"] = bench_strings(settings, options.strings, options.optimum_python)
+            result["strings"] += bench_strings(settings, options.strings, options.optimum_python)
+        failure = None
     except (WrongAnswerError, WorkerError) as error:
-        raise SystemExit(f"nothing written: {error}") from None
+        if not result["rows"]:
+            raise SystemExit(f"nothing written: {error}") from None
+        failure = error  # what was measured before is kept
     result["load_average"]["after"] = list(os.getloadavg())
     folder = slug(device if options.device == "cuda" else f"{device} {options.threads} threads")
     output = options.output or ROOT / "benchmarks" / "results" / folder / "encoder.json"
     report.save(result, output)
     print(report.tables(result))
     print(f"written: {output}", file=sys.stderr)
+    if failure is not None:
+        raise SystemExit(f"stopped there: {failure}")
 
 
 def _options() -> argparse.Namespace:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -19,8 +19,8 @@ from bert_fast.timing import MAX_ERROR, using_threads
 
 #: Largest relative error of a contender. The peers decide for themselves what they round, and bert_fast's int8 is
 #: rounded as theirs: the bounds tell a wrong model from a coarse one.
-MAX_PEER_ERROR = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 5e-2, "int8": 0.6}
-MAX_OWN_ERROR = {**MAX_ERROR, "int8": 0.2}
+MAX_PEER_ERROR = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 5e-2, "int8": 1.0}
+MAX_OWN_ERROR = {**MAX_ERROR, "int8": 0.1}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Settings:
     device: str = "cpu"
 
 
-def bench_encoder(settings: Settings, model: ModelCases, cases: Sequence[str]) -> list[Row]:
+def bench_encoder(settings: Settings, model: ModelCases, cases: Sequence[str]) -> Iterator[Row]:
     """Forward passes of a model over these batches, in every precision, all against transformers' float32 answer.
 
     Raises:
@@ -46,7 +46,6 @@ def bench_encoder(settings: Settings, model: ModelCases, cases: Sequence[str]) -
     batches = [parse_case(text) for text in cases]
     exact = build_model(model.source).to(settings.device)
     check_lengths(batches, model.title, exact.config.max_position_embeddings)
-    rows = []
     for dtype in settings.dtypes:
         contenders = [
             contender
@@ -70,11 +69,10 @@ def bench_encoder(settings: Settings, model: ModelCases, cases: Sequence[str]) -
                     part=itemgetter(inputs["attention_mask"].bool().cpu()),  # what stands in padding is nobody's answer
                 )
                 work = Work.of_case(case, exact.config, model=model.title, dtype=dtype)
-                rows.append(measured_row(timings, work, peak_gops=best(settings.machine, dtype), memory=memory))
-    return rows
+                yield measured_row(timings, work, peak_gops=best(settings.machine, dtype), memory=memory)
 
 
-def bench_sweep(settings: Settings) -> list[Row]:
+def bench_sweep(settings: Settings) -> Iterator[Row]:
     """Throughput over the number of texts and their length; without what compiles each shape anew."""
     cases = list(dict.fromkeys(case for series in SWEEP.values() for case in series))
     peers = [peer for peer in settings.peers if not peer.compiles_shapes]

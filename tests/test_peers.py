@@ -136,7 +136,7 @@ def test_select() -> None:
 
 def test_every_contender_in_a_row() -> None:
     settings = Settings(MACHINE, threads=1, repeats=1, dtypes=["float32"], peers=list(PEERS.values()))
-    rows = bench_encoder(settings, ModelCases("Tiny", TINY, ()), ["2x4", "mix3"])
+    rows = list(bench_encoder(settings, ModelCases("Tiny", TINY, ()), ["2x4", "mix3"]))
     assert [row["case"] for row in rows] == ["2x4", "mix3"]
     for row in rows:
         assert list(row["contenders"]) == [name for name, peer in CONTENDERS.items() if "float32" in peer.cpu]
@@ -150,7 +150,7 @@ def test_every_contender_in_a_row() -> None:
 def test_a_case_too_long_for_the_model_is_named() -> None:
     settings = Settings(MACHINE, threads=1, repeats=1, dtypes=["float32"], peers=[])
     with pytest.raises(ValueError, match="case 1x129 has a sequence of 129 tokens, Tiny takes 128"):
-        bench_encoder(settings, ModelCases("Tiny", TINY, ()), ["1x4", "1x129"])
+        list(bench_encoder(settings, ModelCases("Tiny", TINY, ()), ["1x4", "1x129"]))
 
 
 @pytest.mark.usefixtures("without_onnxruntime")

@@ -26,6 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TAIL = 15
 
 
+#: Seconds of rounds after which three have to do (`compare`): a batch of BERT-base takes some contenders 3 s a call.
+ENOUGH = 20.0
+
+
 class WorkerError(RuntimeError):
     """A contender's process failed or died; the message names it and says what it was doing."""
 
@@ -142,5 +146,5 @@ def compare_workers(
     """`compare` of these workers, called with `arguments`, and the memory of each."""
     for worker in contenders.values():
         worker.give(arguments)
-    timings = compare(contenders, repeats, warmup=1, **options)
+    timings = compare(contenders, repeats, warmup=0, enough=ENOUGH, **options)
     return timings, {name: worker.memory() for name, worker in contenders.items()}

@@ -19,6 +19,9 @@ from torch import Tensor
 #: rounding, which grows over the layers to some units in the last place; `bert-fast verify` judges the rounding.
 MAX_ERROR = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}
 
+#: Rounds that are taken however long they last.
+FEWEST_ROUNDS = 3
+
 #: Shortest sample, in seconds: a shorter call is repeated within the sample, or the machine's moods would be measured.
 MIN_SAMPLE = 0.05
 
@@ -120,6 +123,7 @@ def compare(
     max_error: float | Mapping[str, float] = MAX_ERROR["float32"],
     expected: Tensor | None = None,
     part: Callable[[Tensor], Tensor] = lambda answer: answer,
+    enough: float = math.inf,
 ) -> dict[str, Timing]:
     """Check that the contenders agree, then time them in interleaved rounds whose order rotates.
 
@@ -130,6 +134,7 @@ def compare(
         max_error: largest `relative_error` that passes; of each contender, by name, where they differ.
         expected: the right answer; the first contender's when not given.
         part: what of an answer is compared.
+        enough: seconds after which no further round begins, once there are `FEWEST_ROUNDS`.
 
     Raises:
         WrongAnswerError: an answer has another shape or too large an error. Nothing has been timed then.
@@ -146,7 +151,10 @@ def compare(
     for contender in contenders.values():
         contender.warm_up(warmup)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
+    began = time.perf_counter()
     for first in range(repeats):
+        if first >= FEWEST_ROUNDS and time.perf_counter() - began > enough:
+            break
         start = first % len(contenders)
         for name in islice(cycle(contenders), start, start + len(contenders)):
             samples[name].append(contenders[name].sample())

@@ -10,6 +10,10 @@
 #include <string>
 #include <utility>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace bert_fast {
 namespace {
 
@@ -24,6 +28,36 @@ void scatter(const float* row, int64_t size, int64_t group, T* to, const Convert
 }
 
 }  // namespace
+
+namespace {
+
+// What a huge page has on x86-64 and, with pages of 4 KB, on Arm.
+constexpr size_t HUGE_PAGE = size_t{2} << 20;
+
+// Less than a huge page would only waste one.
+std::align_val_t alignment(int64_t bytes) {
+  return std::align_val_t{static_cast<size_t>(bytes) >= HUGE_PAGE ? HUGE_PAGE : 64};
+}
+
+}  // namespace
+
+PanelMemory::PanelMemory(int64_t bytes)
+    : size_(bytes), memory_(static_cast<uint8_t*>(::operator new(static_cast<size_t>(bytes), alignment(bytes)))) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // Whole pages only; a system without them refuses, and nothing is lost.
+  if (alignment(bytes) == std::align_val_t{HUGE_PAGE})
+    madvise(memory_, static_cast<size_t>(bytes) / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
+#endif
+}
+
+PanelMemory::~PanelMemory() { ::operator delete(memory_, alignment(size_)); }
+
+uint8_t* PanelMemory::take(int64_t bytes) {
+  if (bytes > size_ - used_) throw std::bad_alloc();
+  uint8_t* const taken = memory_ + used_;
+  used_ += (bytes + 63) / 64 * 64;
+  return taken;
+}
 
 OutlierChannels strongest(const std::vector<float>& strengths) {
   std::vector<int64_t> channels(strengths.size());
@@ -57,20 +91,26 @@ void add_writing_strengths(const float* weight, int64_t in_features, std::vector
   }
 }
 
+int64_t PackedWeight::panel_bytes(Precision precision, int64_t out_features, int64_t in_features) {
+  return round_up_to_panel(out_features) * round_up_to_panel(in_features) * element_size(precision);
+}
+
 PackedWeight::PackedWeight(Precision precision, int64_t out_features, int64_t in_features,
-                           const OutlierChannels& outliers)
+                           const OutlierChannels& outliers, std::shared_ptr<PanelMemory> memory)
     : precision_(precision),
       out_features_(round_up_to_panel(out_features)),
       in_features_(in_features),
       depth_(round_up_to_panel(in_features)),
-      panels_(allocate<uint8_t>(out_features_ * depth_ * element_size(precision))),
+      memory_(memory != nullptr ? std::move(memory)
+                                : std::make_shared<PanelMemory>(panel_bytes(precision, out_features, in_features))),
+      panels_(memory_->take(panel_bytes(precision, out_features, in_features))),
       vectors_(allocate<float>(VECTOR_ROWS * out_features_)),
       outliers_(outliers) {
   constexpr int64_t max_int8_features = (int64_t{1} << 31) / (255 * 128);  // beyond, a sum may not fit 32 bits
   if (precision == Precision::int8 && in_features > max_int8_features)
     throw std::invalid_argument("int8 takes up to " + std::to_string(max_int8_features) + " in_features, not " +
                                 std::to_string(in_features));
-  std::memset(panels_.get(), 0, static_cast<size_t>(out_features_ * depth_ * element_size(precision)));
+  std::memset(panels_, 0, static_cast<size_t>(panel_bytes(precision, out_features, in_features)));
   std::fill_n(vectors_.get(), VECTOR_ROWS * out_features_, 0.0f);
 }
 
@@ -80,10 +120,10 @@ void PackedWeight::pack(const float* weight, const float* bias, int64_t begin, i
     const int64_t panel = column / PANEL * PANEL * depth_, lane = column % PANEL;
     vector(BIAS)[column] = bias[i];
     if (precision_ == Precision::fp32) {
-      scatter(row, in_features_, 1, reinterpret_cast<float*>(panels_.get()) + panel + lane,
+      scatter(row, in_features_, 1, reinterpret_cast<float*>(panels_) + panel + lane,
               [](float value) { return value; });
     } else if (precision_ == Precision::bf16) {
-      scatter(row, in_features_, 2, reinterpret_cast<bfloat16*>(panels_.get()) + panel + 2 * lane, to_bfloat16);
+      scatter(row, in_features_, 2, reinterpret_cast<bfloat16*>(panels_) + panel + 2 * lane, to_bfloat16);
     } else {
       pack_int8(row, column);
     }
@@ -109,7 +149,7 @@ void PackedWeight::pack_int8(const float* from, int64_t column) {
   const float scale = !is_finite ? std::numeric_limits<float>::quiet_NaN() : has_scale ? largest / 127.0f : 1.0f;
   const float inverse = is_finite ? 1.0f / scale : 0.0f;
   int64_t total = 0;
-  int8_t* panel = reinterpret_cast<int8_t*>(panels_.get()) + column / PANEL * PANEL * depth_;
+  int8_t* panel = reinterpret_cast<int8_t*>(panels_) + column / PANEL * PANEL * depth_;
   scatter(row.data(), in_features_, 4, panel + 4 * (column % PANEL), [&](float value) {
     const auto rounded = static_cast<int8_t>(is_finite ? std::nearbyint(value * inverse) : 0.0f);
     total += rounded;
@@ -120,12 +160,12 @@ void PackedWeight::pack_int8(const float* from, int64_t column) {
 }
 
 PackedLinear PackedWeight::view() const {
-  return {panels_.get(),           vector(BIAS),     vector(SCALES), vector(SUMS),
-          vector(OUTLIER_WEIGHTS), outliers_.data(), out_features_,  depth_};
+  return {panels_,          vector(BIAS),  vector(SCALES), vector(SUMS), vector(OUTLIER_WEIGHTS),
+          outliers_.data(), out_features_, depth_};
 }
 
 int64_t PackedWeight::bytes() const {
-  return out_features_ * depth_ * element_size(precision_) +
+  return panel_bytes(precision_, out_features_, in_features_) +
          VECTOR_ROWS * out_features_ * static_cast<int64_t>(sizeof(float));
 }
 

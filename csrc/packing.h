@@ -37,6 +37,24 @@ Aligned<T> allocate(int64_t count) {
   return Aligned<T>(static_cast<T*>(::operator new(bytes, std::align_val_t{64})));
 }
 
+// Memory for the panels of many weights, one after another, in huge pages where the system has them: a forward reads
+// all weights from end to end, and on a short text it would wait for the look-up of each page of 4 KB.
+class PanelMemory {
+ public:
+  // std::bad_alloc when there is not enough.
+  explicit PanelMemory(int64_t bytes);
+  ~PanelMemory();
+  PanelMemory(const PanelMemory&) = delete;
+  PanelMemory& operator=(const PanelMemory&) = delete;
+
+  // The next so many bytes; std::bad_alloc when there are no more.
+  uint8_t* take(int64_t bytes);
+
+ private:
+  int64_t size_, used_ = 0;
+  uint8_t* memory_;
+};
+
 // int8: the input channels of a product that stay float. A few channels are far larger than the others in some tokens,
 // and would leave the others few of a row's 255 steps; their weights tell which, so no text is needed to calibrate.
 // Negative for none.
@@ -58,9 +76,12 @@ void add_writing_strengths(const float* weight, int64_t in_features, std::vector
 // Owns a packed weight matrix and its bias.
 class PackedWeight {
  public:
-  // Of (out_features, in_features); all zero until packed.
+  // Of (out_features, in_features); all zero until packed. Panels in `memory`, or in memory of their own.
   PackedWeight(Precision precision, int64_t out_features, int64_t in_features,
-               const OutlierChannels& outliers = NO_OUTLIERS);
+               const OutlierChannels& outliers = NO_OUTLIERS, std::shared_ptr<PanelMemory> memory = nullptr);
+
+  // What the panels of such a weight take.
+  static int64_t panel_bytes(Precision precision, int64_t out_features, int64_t in_features);
 
   // Rows [begin, end) of a source matrix (rows, in_features) become the columns from `column` on; thread-safe for
   // different columns.
@@ -78,7 +99,8 @@ class PackedWeight {
 
   Precision precision_;
   int64_t out_features_, in_features_, depth_;  // the first padded to whole panels, the last is in_features padded
-  Aligned<uint8_t> panels_;
+  std::shared_ptr<PanelMemory> memory_;
+  uint8_t* panels_;
   Aligned<float> vectors_;  // (VECTOR_ROWS, out_features)
   OutlierChannels outliers_;
 };

@@ -101,7 +101,10 @@ def tiles() -> dict[Tile, list[Instruction]]:
     assert path is not None
     result = {}
     for name, body in functions(Path(path)).items():
-        form = re.match(r"void bert_fast::(\w+)::run_tile<bert_fast::\w+::(\w+), (\d+), (\d+), ([^(]+)>\(", name)
+        form = re.match(
+            r"void bert_fast::(\w+)::run_tile<bert_fast::\w+::(\w+), (\d+), (\d+), bert_fast::\w+::\w+, ([^(]+)>\(",
+            name,
+        )
         if form and form[1] != "scalar":
             result[Tile(form[1], form[2], int(form[3]), int(form[4]), form[5])] = body
     return result
@@ -144,7 +147,8 @@ struct Out {
       for (int j = 0; j < N; ++j) avx2::store(out + (i * N + j) * LANES, sums[i][j]);
   }
 };
-template void run_tile<Fp32, ROWS, 2, Out>(const float*, int64_t, const float*, int64_t, int64_t, int64_t, const Out&);
+template void run_tile<Fp32, ROWS, 2, NoFetch, Out>(const float*, int64_t, const float*, int64_t, int64_t, int64_t,
+                                                     NoFetch, const Out&);
 }
 BERT_FAST_TARGET_END
 """

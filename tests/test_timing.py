@@ -50,6 +50,16 @@ def test_compare_repeats_short_calls_within_a_sample(clock: SimpleNamespace) -> 
     assert timings["long"].median == 2.0
 
 
+@pytest.mark.parametrize(("enough", "rounds"), [(2.5, 3), (8.5, 5), (100.0, 7)])
+def test_compare_stops_when_it_has_enough(clock: SimpleNamespace, enough: float, rounds: int) -> None:
+    def contender() -> torch.Tensor:
+        clock.now += 1.0
+        return torch.ones(2)
+
+    timings = compare({"a": Call(contender), "b": Call(contender)}, repeats=7, enough=enough)
+    assert len(timings["a"].samples) == len(timings["b"].samples) == rounds
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

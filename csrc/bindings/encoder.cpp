@@ -72,7 +72,8 @@ struct PyEncoder {
 
 // Tensors of a layer, in the order of `encoder.LAYER_PARAMETERS` in Python.
 EncoderLayer pack_layer(const EncoderConfig& config, const std::vector<Tensor>& tensors,
-                        const std::pair<double, double>& eps, size_t layer) {
+                        const std::pair<double, double>& eps, size_t layer,
+                        const std::shared_ptr<PanelMemory>& memory) {
   TORCH_CHECK_VALUE(tensors.size() == 16, OP, ": layer ", layer, " has ", tensors.size(), " tensors, expected 16");
   const int64_t h = config.hidden_size, f = config.intermediate_size;
   const int64_t width = round_up_to_panel(h);
@@ -86,10 +87,13 @@ EncoderLayer pack_layer(const EncoderConfig& config, const std::vector<Tensor>& 
   };
   const LinearTensors attention_output = linear("attention.output.dense", 6, h, h);
   const LinearTensors output = linear("output.dense", 12, h, f);
-  EncoderLayer result{PackedWeight(config.precision, 3 * width, h, config.residual_outliers),
-                      PackedWeight(config.precision, h, h, own_outliers(attention_output)),
-                      PackedWeight(config.precision, f, h, config.residual_outliers),
-                      PackedWeight(config.precision, h, f, own_outliers(output)),
+  const auto packed = [&](int64_t out_features, int64_t in_features, const OutlierChannels& outliers) {
+    return PackedWeight(config.precision, out_features, in_features, outliers, memory);
+  };
+  EncoderLayer result{packed(3 * width, h, config.residual_outliers),
+                      packed(h, h, own_outliers(attention_output)),
+                      packed(f, h, config.residual_outliers),
+                      packed(h, f, own_outliers(output)),
                       checked_norm(prefix + "attention.output.LayerNorm", tensors[8], tensors[9], eps.first, h),
                       checked_norm(prefix + "output.LayerNorm", tensors[14], tensors[15], eps.second, h)};
   pack(result.qkv, linear("query", 0, h, h), 0);
@@ -146,8 +150,15 @@ std::unique_ptr<PyEncoder> make_encoder(const std::string& precision, const std:
   result->token_type = contiguous(token_type);
   result->num_layers = static_cast<int64_t>(layers.size());
   if (config.precision == Precision::int8) config.residual_outliers = residual_outliers(config, layers);
+  const int64_t h = config.hidden_size, f = config.intermediate_size;
+  int64_t layer_bytes = 0;
+  for (const auto& [out_features, in_features] :
+       {std::pair<int64_t, int64_t>{3 * round_up_to_panel(h), h}, {h, h}, {f, h}, {h, f}})
+    layer_bytes += PackedWeight::panel_bytes(config.precision, out_features, in_features);
+  const auto memory = std::make_shared<PanelMemory>(layer_bytes * result->num_layers);
   std::vector<EncoderLayer> packed;
-  for (size_t i = 0; i < layers.size(); ++i) packed.push_back(pack_layer(config, layers[i], layer_norm_eps[i], i));
+  for (size_t i = 0; i < layers.size(); ++i)
+    packed.push_back(pack_layer(config, layers[i], layer_norm_eps[i], i, memory));
   const EmbeddingTables tables{result->word.const_data_ptr(), result->position.const_data_ptr(),
                                result->token_type.const_data_ptr(), word.scalar_type() == at::kBFloat16};
   result->encoder = std::make_unique<Encoder>(

@@ -8,7 +8,9 @@
 //                back (`parameter.data`) is noticed when it changes the parameter as training or loading does, not when
 //                it changes single elements.
 //
-// It reads the objects' dictionaries itself: a walk in Python takes longer than a forward of a short text.
+// It reads the objects' dictionaries itself: a walk in Python takes longer than a forward of a short text. A forward
+// leaves nothing of them in the caches, so what the last walk read is fetched first, all at once: following pointers
+// would wait for the memory at every step.
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "bindings.h"
@@ -19,7 +21,28 @@ namespace bert_fast {
 namespace {
 
 // Places at which the values of a parameter are compared.
-constexpr int64_t SAMPLES = 8;
+constexpr int64_t SAMPLES = 4;
+
+// The cache lines that the last walk has read. Addresses may be stale: fetching from them does nothing.
+class Footprint {
+ public:
+  void fetch() const {
+    for (const char* line : lines_) __builtin_prefetch(line);
+  }
+  void clear() { lines_.clear(); }
+  void add(const void* p, size_t size = 1) {
+    for (size_t i = 0; i < size; i += 64) lines_.push_back(static_cast<const char*>(p) + i);
+  }
+  // With its values, which the dictionaries of modules have beside keys that they share, or with its entries.
+  void add_dict(PyObject* dict) {
+    const auto* object = reinterpret_cast<const PyDictObject*>(dict);
+    add(object, sizeof *object);
+    add(object->ma_values != nullptr ? static_cast<const void*>(object->ma_values) : object->ma_keys, 256);
+  }
+
+ private:
+  std::vector<const char*> lines_;
+};
 
 // splitmix64 (Steele, Lea & Flood, 2014).
 void mix(uint64_t& hash, uint64_t value) {
@@ -31,10 +54,12 @@ void mix(uint64_t& hash, uint64_t value) {
 
 void mix(uint64_t& hash, const void* pointer) { mix(hash, reinterpret_cast<uint64_t>(pointer)); }
 
-void mix_tensor(uint64_t& hash, const Tensor& tensor) {
+void mix_tensor(uint64_t& hash, const Tensor& tensor, Footprint& footprint) {
+  footprint.add(tensor.unsafeGetTensorImpl(), sizeof(at::TensorImpl));
   mix(hash, tensor.unsafeGetTensorImpl());
   mix(hash, tensor.is_inference() ? 0 : tensor._version());
   if (!tensor.has_storage()) return;
+  footprint.add(tensor.storage().unsafeGetStorageImpl(), 64);
   mix(hash, tensor.const_data_ptr());
   mix(hash, static_cast<uint64_t>(tensor.numel()));
   mix(hash, static_cast<uint64_t>(tensor.scalar_type()));
@@ -43,8 +68,10 @@ void mix_tensor(uint64_t& hash, const Tensor& tensor) {
   const auto* bytes = static_cast<const char*>(tensor.const_data_ptr());
   const size_t size = tensor.element_size();
   for (int64_t i = 0; i < std::min(SAMPLES, tensor.numel()); ++i) {
+    const char* place = bytes + static_cast<size_t>(i * (tensor.numel() - 1) / SAMPLES) * size;
+    footprint.add(place);
     uint64_t value = 0;
-    std::memcpy(&value, bytes + static_cast<size_t>(i * (tensor.numel() - 1) / SAMPLES) * size, size);
+    std::memcpy(&value, place, size);
     mix(hash, value);
   }
 }
@@ -70,6 +97,7 @@ void each_value(PyObject* dict, const F& f) {
 }
 
 struct Fingerprint {
+  Footprint& footprint;
   uint64_t structure = 0, parameters = 0;
 
   void add(PyObject* module, const Names& names) {
@@ -78,13 +106,22 @@ struct Fingerprint {
     const py::object attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
     if (!attributes) throw py::error_already_set();
     PyObject* dict = attributes.ptr();
+    footprint.add(module, 64);
+    footprint.add_dict(dict);
     for (const py::str* name : {&names.forward, &names.training}) mix(structure, get(dict, *name));
     mix_number(structure, get(dict, names.p));
     mix_number(parameters, get(dict, names.eps));
-    for (const py::str& name : names.hooks) each_value(get(dict, name), [&](PyObject* hook) { mix(structure, hook); });
-    each_value(get(dict, names.parameters), [&](PyObject* parameter) {
+    for (const py::str& name : names.hooks) {
+      PyObject* hooks = get(dict, name);
+      footprint.add(hooks);
+      each_value(hooks, [&](PyObject* hook) { mix(structure, hook); });
+    }
+    PyObject* own = get(dict, names.parameters);
+    if (own != nullptr && PyDict_Check(own)) footprint.add_dict(own);
+    each_value(own, [&](PyObject* parameter) {
       mix(parameters, parameter);
-      if (THPVariable_Check(parameter)) mix_tensor(parameters, THPVariable_Unpack(parameter));
+      footprint.add(parameter, 64);
+      if (THPVariable_Check(parameter)) mix_tensor(parameters, THPVariable_Unpack(parameter), footprint);
     });
     each_value(get(dict, names.modules), [&](PyObject* child) {
       if (child != Py_None) add(child, names);
@@ -94,8 +131,11 @@ struct Fingerprint {
 };
 
 std::pair<uint64_t, uint64_t> fingerprint(const py::handle& module) {
-  static const auto* names = new Names;  // never destroyed: the interpreter may be gone by then
-  Fingerprint result;
+  static const auto* names = new Names;    // never destroyed: the interpreter may be gone by then
+  static auto* footprint = new Footprint;  // of whatever model came last; the interpreter's lock guards it
+  footprint->fetch();
+  footprint->clear();
+  Fingerprint result{*footprint};
   result.add(module.ptr(), *names);
   return {result.structure, result.parameters};
 }

@@ -173,15 +173,16 @@ void attend(const Attention<T>& args, const AttentionTask& task, float* scratch)
       a = queries;
       stride = channels;
     }
-    product<P>(a, stride, packed_keys, score_steps, 0, rows, 0, keys / PANEL, StoreScores{scores, score_stride});
+    product<P, NoFetch>(a, stride, packed_keys, score_steps, 0, rows, 0, keys / PANEL,
+                        StoreScores{scores, score_stride});
     float factors[P::ROWS];
     for (int64_t i = 0; i < rows; ++i) {
       float* row = scores + i * score_stride;
       factors[i] = 1.0f / softmax_row<P>(row, length, unit, reinterpret_cast<Input*>(row));
     }
     const StoreOutput<T> epilogue{out, sequence, args.out_strides.token, head_dim, first_query, factors};
-    product<P>(reinterpret_cast<const Input*>(scores), input_stride, packed_values, value_steps, 0, rows, 0,
-               channels / PANEL, epilogue);
+    product<P, NoFetch>(reinterpret_cast<const Input*>(scores), input_stride, packed_values, value_steps, 0, rows, 0,
+                        channels / PANEL, epilogue);
   }
 }
 

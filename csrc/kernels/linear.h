@@ -124,9 +124,9 @@ void linear(const Linear& args, int64_t row_begin, int64_t row_end, int64_t pane
   using Wide =
       std::conditional_t<std::is_same_v<P, Bf16>, bfloat16, float>;  // what the next product reads or quantises
   const auto run = [&](const auto& epilogue) {
-    product<P>(static_cast<const typename P::Input*>(args.input), args.input_stride,
-               static_cast<const typename P::Weight*>(args.weight.panels), args.weight.depth / P::DEPTH, row_begin,
-               row_end, panel_begin, panel_end, epilogue);
+    product<P, Fetch>(static_cast<const typename P::Input*>(args.input), args.input_stride,
+                      static_cast<const typename P::Weight*>(args.weight.panels), args.weight.depth / P::DEPTH,
+                      row_begin, row_end, panel_begin, panel_end, epilogue);
   };
   if (args.residual != nullptr) {
     run(StoreResidual<P>{args});

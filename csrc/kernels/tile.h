@@ -49,10 +49,27 @@ struct Int8 {
   static BERT_FAST_INLINE Sum add(Sum total, const Input* a, Right b) { return dot4(total, set1_bits(a), b); }
 };
 
+// What a tile fetches from memory while it multiplies: two cache lines at each step, `stride` bytes further each time.
+struct Fetch {
+  const char* next;
+  int64_t stride;
+
+  BERT_FAST_INLINE void step() {
+    prefetch(next);
+    prefetch(next + 64);
+    next += stride;
+  }
+};
+
+// Nothing, where all is in the caches.
+struct NoFetch {
+  BERT_FAST_INLINE void step() {}
+};
+
 // a: M rows, `stride` values apart; b: `steps` rows of groups, `b_stride` values apart.
-template <class P, int M, int N>
+template <class P, int M, int N, class Ahead>
 BERT_FAST_INLINE void tile(const typename P::Input* a, int64_t stride, const typename P::Weight* b, int64_t b_stride,
-                           int64_t steps, typename P::Sum (&sums)[M][N]) {
+                           int64_t steps, Ahead& ahead, typename P::Sum (&sums)[M][N]) {
   // A pointer for every three rows: x86 addresses the other two from it, and one for every row would not fit registers.
   constexpr int GROUPS = (M + 2) / 3;
   const typename P::Input* rows[GROUPS];
@@ -63,6 +80,7 @@ BERT_FAST_INLINE void tile(const typename P::Input* a, int64_t stride, const typ
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) sums[i][j] = typename P::Sum{};
   for (int64_t k = 0; k < steps; ++k) {
+    ahead.step();
     typename P::Right right[N];
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) right[j] = P::right(b + j * LANES * P::DEPTH);

@@ -38,6 +38,7 @@ BERT_FAST_INLINE Vec load(const bfloat16* p, int64_t count) {
   return load(lanes);
 }
 
+BERT_FAST_INLINE void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
 BERT_FAST_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 BERT_FAST_INLINE void store(bfloat16* p, Vec v) {
   const __m256i bits = _mm256_castps_si256(v);

@@ -51,6 +51,7 @@ BERT_FAST_INLINE __m256i narrow(Vec v) {
 #endif
 }
 
+BERT_FAST_INLINE void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
 BERT_FAST_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 BERT_FAST_INLINE void store(bfloat16* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
 BERT_FAST_INLINE void store(float* p, Vec v, int64_t count) {

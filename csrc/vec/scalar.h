@@ -9,6 +9,7 @@
 //   max(a, b), min(a, b)          b where either is NaN
 //   select_ge(a, b, yes, no)      per lane: a >= b ? yes : no
 //   add_exponent(v, n)            v * 2^k, where k is in the low bits of n's representation; the result must be normal
+//   prefetch(p)                   a hint that this cache line is read soon; p may point anywhere
 //   sum(v)                        of all lanes, in a fixed order
 //   lowest(v), highest(v)         of all lanes; any of them where one is NaN
 //   transpose(m)                  of the LANES x LANES matrix held in LANES vectors
@@ -52,6 +53,7 @@ BERT_FAST_INLINE Vec load(const T* p, int64_t) {
   return load(p);
 }
 
+BERT_FAST_INLINE void prefetch(const void*) {}
 BERT_FAST_INLINE void store(float* p, Vec v) { *p = v; }
 BERT_FAST_INLINE void store(bfloat16* p, Vec v) {
   uint32_t bits;

@@ -52,6 +52,60 @@ SWEEP = {
 NUM_STRINGS = 256
 
 
+@dataclass(frozen=True)
+class Workload:
+    """A model in one precision, and its batches, the most telling first."""
+
+    model: str
+    dtype: str
+    cases: tuple[str, ...]
+
+
+#: What a GPU is measured on, the most telling first: as much of it as the time allows.
+GPU_WORKLOADS = (
+    Workload("base", "bfloat16", ("squad64", "1x128", "128x128", "mix256", "32x384", "1x16", "1x384")),
+    Workload("large", "bfloat16", ("squad64", "1x128", "32x384", "128x128", "mix256", "1x16", "1x384")),
+    Workload("large", "float8_e4m3fn", ("squad64", "32x384", "1x128")),
+    Workload("base", "float16", ("squad64", "128x128", "1x128")),
+    Workload("large", "float16", ("squad64",)),
+    Workload("base", "float8_e4m3fn", ("squad64", "128x128")),
+)
+
+#: What peers are timed on that compile each shape anew, for tens of seconds: again the most telling first.
+GPU_COMPILED = (
+    Workload("base", "bfloat16", ("squad64", "128x128", "1x128")),
+    Workload("large", "bfloat16", ("squad64",)),
+)
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """A kernel alone, on a batch: activations of `width` features, 64 to a head."""
+
+    op: str
+    case: str
+    dtype: str = "bfloat16"
+    width: int = 1024
+
+    @property
+    def name(self) -> str:
+        """What tables call the batch."""
+        return f"{self.case}, width {self.width}"
+
+
+#: Tensors of 0.2 to 0.3 gigabytes: several times any L2, and a launch is hidden behind the kernel before.
+KERNEL_CASES = (
+    *(KernelCase("attention", case) for case in ("256x512", "512x256", "1024x128", "squad728", "2048x64", "mix3072")),
+    KernelCase("residual_layer_norm", "1024x128"),
+    KernelCase("embedding_layer_norm", "1024x128"),
+    KernelCase("bias_gelu", "256x128", width=4096),
+    KernelCase("pooling", "squad728"),
+    *(KernelCase("attention", case, "float16") for case in ("256x512", "1024x128")),
+    KernelCase("residual_layer_norm", "1024x128", "float16"),
+    KernelCase("residual_layer_norm", "1024x128", width=768),
+)
+
+
 def build_model(source: str | BertConfig) -> Any:
     """A `ModelCases.source` as transformers' BertModel in float32 and eval mode; random weights are always the same."""
     if isinstance(source, str):

@@ -40,7 +40,7 @@ class Peak(TypedDict):
 
 
 def best(peak: Peak, dtype: str) -> float | None:
-    """The highest rate in this dtype ("float32", "bfloat16", "float16", "int8"), or None where none was measured."""
+    """The highest rate in this dtype ("float32", "bfloat16", "int8" ...), or None where none was measured."""
     return max((i["gops"] for i in peak["instructions"] if i["dtype"] == dtype), default=None)
 
 
@@ -78,7 +78,7 @@ def _run(command: list[str]) -> str:
 
 
 def measure_cuda() -> Peak:
-    """Matrix products of 8192 x 8192 and a copy of 1 GiB, through PyTorch, on the current GPU."""
+    """Matrix products of 8192 x 8192 and a copy of 1 GiB, of random numbers, through PyTorch, on the current GPU."""
     size, copied = 8192, 1 << 30
     instructions: list[Instruction] = []
     for dtype in ("float32", "float16", "bfloat16"):
@@ -86,7 +86,16 @@ def measure_cuda() -> Peak:
         product = compare({"product": Call(partial(torch.matmul, a, b), "cuda")})["product"]
         gops = 2 * size**3 / min(product.samples) * 1e-9
         instructions.append({"dtype": dtype, "instruction": "matrix product", "gops": gops})
-    source = torch.zeros(copied, dtype=torch.uint8, device="cuda")
+    if torch.cuda.get_device_capability() >= (8, 9):
+        a, b = (torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+        one = torch.ones((), device="cuda")
+        scaled = partial(
+            torch._scaled_mm, a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        product = compare({"product": Call(scaled, "cuda")})["product"]
+        gops = 2 * size**3 / min(product.samples) * 1e-9
+        instructions.append({"dtype": "float8_e4m3fn", "instruction": "scaled matrix product", "gops": gops})
+    source = torch.randint(256, (copied,), dtype=torch.uint8, device="cuda")
     copy = compare({"copy": Call(source.clone, "cuda")}, part=lambda copied: copied[:1].float())["copy"]
     copy_gbs = 2 * copied / min(copy.samples) * 1e-9
     return {"threads": torch.get_num_threads(), "instructions": instructions, "copy_gbs": copy_gbs}

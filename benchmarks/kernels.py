@@ -1,4 +1,4 @@
-"""Kernels alone: their inputs, and the contenders that run them, each in a process of its own (`suite.bench_kernels`)."""
+"""Kernels alone: their inputs, and the contenders that run them, in processes of their own (`suite.bench_kernels`)."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def truth(case: KernelCase, device: str) -> Tensor:
 
 
 def sample(case: KernelCase, answer: Tensor) -> Tensor:
-    """Every `STRIDE`th row of an answer, which may be that of padded attention, (batch_size, heads, seq_len, head_dim)."""
+    """Every `STRIDE`th row of an answer; that of padded attention is (batch_size, heads, seq_len, head_dim)."""
     if answer.dim() == 4:
         answer = answer.transpose(1, 2)[_mask(case, str(answer.device))]
     return answer[::STRIDE]
@@ -142,7 +142,7 @@ def _torch(case: KernelCase, given: Arguments) -> Callable[[], Tensor]:
     return partial(op_of(case).reference, *given)
 
 
-def _varlen(case: KernelCase, given: Arguments) -> Callable[[], Tensor]:
+def _varlen(case: KernelCase, given: Arguments) -> Callable[[], Any]:
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v, cu_seqlens, longest, *_ = given
@@ -150,7 +150,7 @@ def _varlen(case: KernelCase, given: Arguments) -> Callable[[], Tensor]:
 
 
 #: Contender -> what makes its call of a case and a set of inputs. The first is what ratios are to.
-PREPARE: dict[str, Callable[[KernelCase, Arguments], Callable[[], Tensor]]] = {
+PREPARE: dict[str, Callable[[KernelCase, Arguments], Callable[[], Any]]] = {
     "torch": _torch,
     "varlen_attn": _varlen,
     "bert_fast": _ours,

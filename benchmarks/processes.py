@@ -62,9 +62,7 @@ class Worker:
     Each of its methods raises WorkerError when the process fails, or has not answered when the budget is spent.
     """
 
-    def __init__(
-        self, name: str, spec: Spec, threads: int, device: str = "cpu", budget: Budget | None = None
-    ) -> None:
+    def __init__(self, name: str, spec: Spec, threads: int, device: str = "cpu", budget: Budget | None = None) -> None:
         self.name = name
         self._budget = budget or Budget()
         self._connection, theirs = Pipe()

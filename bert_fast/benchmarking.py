@@ -21,7 +21,7 @@ from bert_fast.folders import resolve
 from bert_fast.timing import MAX_ERROR, Call, Timing, compare, using_threads
 
 #: Columns of tables that hold words.
-TEXT_COLUMNS = {"model", "case", "dtype", "contender", "best peer", "kernel", "target", "met", "part", "outcome"}
+TEXT_COLUMNS = {"model", "case", "dtype", "contender", "best peer", "kernel", "limit"}
 
 #: A forward pass: what `Case.inputs` gives -> last hidden states (batch_size, longest, hidden_size).
 Encode = Callable[[dict[str, Tensor]], Tensor]
@@ -170,7 +170,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a contender costs beside its time.
+    """What a contender costs beside its time; None where it is not known.
 
     Attributes:
         calls_mb: the most memory that its calls held, in megabytes, beyond the libraries; of the device it runs on.
@@ -178,8 +178,8 @@ class Cost:
         host_us, latency_us: on a GPU, of a single call: until it returns, and until its answer is there.
     """
 
-    calls_mb: float
-    build_mb: float
+    calls_mb: float | None = None
+    build_mb: float | None = None
     host_us: float | None = None
     latency_us: float | None = None
 
@@ -274,7 +274,7 @@ def measured_row(
     baseline = next(iter(timings.values())).median
     contenders: dict[str, Measured] = {}
     for name, timing in timings.items():
-        cost = costs[name] if costs else None
+        cost = costs[name] if costs else Cost()
         contenders[name] = {
             "median_ms": timing.median * 1e3,
             "quartiles_ms": [1e3 * quartile for quartile in timing.quartiles],
@@ -283,10 +283,10 @@ def measured_row(
             "ratio": baseline / timing.median,
             "error": timing.error,
             "cosine": timing.cosine,
-            "memory_mb": cost and cost.calls_mb,
-            "build_memory_mb": cost and cost.build_mb,
-            "host_us": cost and cost.host_us,
-            "latency_us": cost and cost.latency_us,
+            "memory_mb": cost.calls_mb,
+            "build_memory_mb": cost.build_mb,
+            "host_us": cost.host_us,
+            "latency_us": cost.latency_us,
         }
     return {
         "model": work.model,

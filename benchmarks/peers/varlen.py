@@ -1,4 +1,4 @@
-"""A BERT encoder without padding in plain PyTorch, on its `varlen_attn`: what one can have without kernels of one's own.
+"""A BERT encoder without padding in plain PyTorch, on its `varlen_attn`: what one has without kernels of one's own.
 
 Query, key and value are one product; everything else is PyTorch operations, one after another.
 """

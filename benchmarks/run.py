@@ -91,7 +91,7 @@ def main() -> None:
             result["load_average"]["after"] = list(os.getloadavg())
             report.write(result, output)
     except (KeyboardInterrupt, WorkerError, WrongAnswerError) as error:
-        note(settings, f"the rest: {error or 'interrupted'}")
+        note(settings, f"the rest: {str(error) or 'interrupted'}")
     if not any((result["rows"], result["sweep"], result["strings"], result["kernels"])):
         raise SystemExit("nothing was measured, and nothing is written")
     report.save(result, output)
@@ -215,14 +215,14 @@ def slug(name: str) -> str:
 
 def commit() -> tuple[str | None, bool | None]:
     """The commit checked out, and whether anything but results differs from it; None for both outside git."""
-    head = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
-    status = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results"])
+    head = output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
+    status = output(["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results"])
     return head, None if status is None else bool(status)
 
 
 def versions(packages: list[str]) -> dict[str, str | None]:
     """Of everything the figures depend on, these packages too; None for what is not there."""
-    compiler = _output([*peak.compiler(), "--version"])
+    compiler = output([*peak.compiler(), "--version"])
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "transformers", "triton", *packages)},
@@ -237,7 +237,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _output(command: list[str]) -> str | None:
+def output(command: list[str]) -> str | None:
     """What a command prints, or None when it is not there or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

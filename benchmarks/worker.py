@@ -115,6 +115,9 @@ class Ram:
 class GpuMemory:
     """What torch's allocator took from the GPU; the pools of captured graphs are in it."""
 
+    def __init__(self) -> None:
+        torch.cuda.init()  # before it the allocator keeps no statistics
+
     def reset(self) -> None:
         """Let the highest be the present, once what is free has been given back to the device."""
         gc.collect()

@@ -153,7 +153,7 @@ def machine(device: str) -> dict[str, str]:
 
 def write(stay: Stay, folder: Path) -> None:
     """Write the record and its text, with what the parts have written until now."""
-    results = {stem: found for stem in ("encoder", "kernels") if (found := _fresh(stay, folder / f"{stem}.json"))}
+    results = {stem: found for stem in ("encoder", "kernels") if (found := fresh(stay, folder / f"{stem}.json"))}
     stay["targets"] = targets.judge(results)
     stay["left_out"] = [
         *(f"{name} is not there: {what}" for name, what in stay["missing"].items()),
@@ -164,7 +164,7 @@ def write(stay: Stay, folder: Path) -> None:
     report.write_whole(markdown(stay), folder / "gpu.md")
 
 
-def _fresh(stay: Stay, path: Path) -> Any:
+def fresh(stay: Stay, path: Path) -> Any:
     """A results file of this stay; None if there is none, or one of an earlier."""
     if not path.exists():
         return None

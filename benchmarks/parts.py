@@ -103,7 +103,9 @@ def _report(
     }
 
 
-def run_within(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> Ended:
+def run_within(
+    command: list[str], seconds: float, environment: dict[str, str] | None = None, grace: float = GRACE
+) -> Ended:
     """Run a command in the repository; when the time is up it is interrupted, then it and all it started is killed."""
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         start = time.monotonic()
@@ -122,7 +124,7 @@ def run_within(command: list[str], seconds: float, environment: dict[str, str] |
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)  # pytest then prints its summary, the suite its tables
             with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+                process.wait(grace)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

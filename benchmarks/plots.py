@@ -42,6 +42,7 @@ def figures(rows: Sequence[Row], sweep: Sequence[Row], peak: Peak) -> dict[str, 
 
 def ratios(rows: Sequence[Row]) -> Figure:
     """For each model and dtype a panel, for each case a group of bars: the time of a contender over bert_fast's."""
+    rows = [row for row in rows if len(row["contenders"]) > 1]
     figure, panels = _grid(rows, width=5.6, height=2.7)
     for axes, shown in panels:
         names = [name for name in CONTENDERS if name != SUBJECT and any(name in row["contenders"] for row in shown)]
@@ -139,9 +140,13 @@ def _grid(rows: Sequence[Row], width: float, height: float) -> tuple[Figure, lis
     panels = []
     for (line, dtype), (column, model) in product(enumerate(dtypes), enumerate(models)):
         axes = grid[line][column]
+        shown = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
+        if not shown:
+            axes.set_visible(False)
+            continue
         axes.set_title(f"{model}, {dtype}", fontsize=10)
         _plain(axes)
-        panels.append((axes, [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]))
+        panels.append((axes, shown))
     return figure, panels
 
 

@@ -352,7 +352,7 @@ def test_every_case_fits_its_model(model: str) -> None:
 def test_run_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], result: report.Result
 ) -> None:
-    monkeypatch.setattr(run, "MODELS", {"tiny": cases.ModelCases("Tiny", TINY, ("1x4", "mix3"))})
+    monkeypatch.setitem(cases.MODELS, "tiny", cases.ModelCases("Tiny", TINY, ("1x4", "mix3")))
     monkeypatch.setattr(peak, "measure_cpu", lambda threads, quick: result["peak"])
     output = tmp_path / "encoder.json"
     arguments = ["--models", "tiny", "--dtype", "float32", "--peers", "transformers-eager", "--parts", "encoder"]

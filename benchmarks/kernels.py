@@ -22,7 +22,8 @@ HEAD_DIM = 64
 #: Rows of the word table: multilingual BERT's, several times any L2 at its width.
 VOCAB_SIZE, MAX_POSITIONS, TYPES = 119_547, 512, 2
 
-#: Sets of inputs that calls take in turn, so that none finds its own in a cache.
+#: Sets of inputs that calls take in turn, so that none finds its own in a cache; the first and the third call of a
+#: case, whose answers are compared (`worker.ANSWER_CALLS`), take the first.
 SETS = 2
 
 #: Every so many rows of an answer are compared.

@@ -204,7 +204,7 @@ def test_a_peer_that_fails_costs_only_its_own_figures() -> None:
     reasons = "\n".join(given.left_out)
     assert len(given.left_out) == 3
     assert "a case: broken failed in build" in reasons
-    assert "a case: wrong differs from the expected answer" in reasons or "a case: wrong differs from" in reasons
+    assert "a case: wrong differs from transformers by a relative error" in reasons
     assert "a case: the process of mortal was ended by SIGKILL in answer" in reasons
 
 
@@ -252,6 +252,14 @@ def test_kernels_without_time_are_named() -> None:
 # Parts.
 
 
+def lives(process: int) -> bool:
+    """Whether a process is there, and not dead without anybody having asked for its status."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_a_command_that_takes_too_long_is_ended_with_all_it_started() -> None:
     program = (
         "import signal, subprocess, sys, time\n"
@@ -265,12 +273,10 @@ def test_a_command_that_takes_too_long_is_ended_with_all_it_started() -> None:
     assert 1.5 <= ended.seconds < 10
     child, said = ended.output.split()
     assert said == "interrupted"
-    with pytest.raises(ProcessLookupError):
-        for _ in range(50):
-            os.kill(int(child), 0)
-            if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                raise ProcessLookupError  # dead, and nobody has asked for its status yet
-            time.sleep(0.1)
+    deadline = time.monotonic() + 5
+    while lives(int(child)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_part_that_cannot_be_run_says_why(tmp_path: Path) -> None:
@@ -463,7 +469,7 @@ def test_table_of_kernels(tmp_path: Path) -> None:
 def test_a_row_without_peers_has_no_ratio() -> None:
     row = _row("BERT-large", "squad64", "float8_e4m3fn", bert_fast=10.0)
     assert (tables.best_peer(row), tables.ratio_to_best(row), tables.ratio_to("transformers", row)) == (None,) * 3
-    assert "| 6400 " in tables.summary([row]).replace("  ", " ")
+    assert "|      6400 |" in tables.summary([row])
 
 
 def test_without_matplotlib_there_are_tables_and_a_word(

@@ -24,7 +24,7 @@ import sys
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 
@@ -97,9 +97,8 @@ def main() -> None:
         print(f"{part.name}: {stay['parts'][-1]['outcome']}", file=sys.stderr, flush=True)
         write(stay, folder)
     print(markdown(stay))
-    for path in (folder / "encoder.json", folder / "kernels.json"):
-        if path.exists():
-            print(report.tables(report.read(path)), end="\n\n")
+    for result in written(stay, folder).values():
+        print(report.tables(result), end="\n\n")
     print(f"written: {folder}", file=sys.stderr)
     if any(part["ok"] is False for part in stay["parts"]):
         raise SystemExit(1)
@@ -153,7 +152,12 @@ def machine(device: str) -> dict[str, str]:
 
 def write(stay: Stay, folder: Path) -> None:
     """Write the record and its text, with what the parts have written until now."""
-    results = {stem: found for stem in ("encoder", "kernels") if (found := fresh(stay, folder / f"{stem}.json"))}
+    results = written(stay, folder)
+    for stem, result in results.items():
+        path = folder / f"{stem}.json"
+        text = path.with_suffix(".md")
+        if not text.exists() or text.stat().st_mtime < path.stat().st_mtime:  # the part was killed between two rows
+            report.save(result, path)
     stay["targets"] = targets.judge(results)
     stay["left_out"] = [
         *(f"{name} is not there: {what}" for name, what in stay["missing"].items()),
@@ -164,12 +168,11 @@ def write(stay: Stay, folder: Path) -> None:
     report.write_whole(markdown(stay), folder / "gpu.md")
 
 
-def fresh(stay: Stay, path: Path) -> Any:
-    """A results file of this stay; None if there is none, or one of an earlier."""
-    if not path.exists():
-        return None
-    result = report.read(path)
-    return result if result["date"] >= stay["date"] else None
+def written(stay: Stay, folder: Path) -> dict[str, report.Result]:
+    """The results of this stay by the stem of their file; not those that an earlier one left."""
+    paths = {stem: folder / f"{stem}.json" for stem in ("encoder", "kernels")}
+    there = {stem: report.read(path) for stem, path in paths.items() if path.exists()}
+    return {stem: result for stem, result in there.items() if result["date"] >= stay["date"]}
 
 
 def _head(stay: Stay) -> str:

@@ -231,9 +231,9 @@ def _last_line(output: str) -> str:
 
 #: In the order of value; kernels before the encoder, whose last rows, beside torch.compile, take all there is.
 PARTS = (
-    Part("tests", 110, _tests, tests_verdict),
-    Part("kernels", 60, _kernels, benchmark_verdict),
-    Part("encoder", 240, _encoder, benchmark_verdict),
+    Part("tests", 100, _tests, tests_verdict),
+    Part("kernels", 80, _kernels, benchmark_verdict),
+    Part("encoder", 230, _encoder, benchmark_verdict),
     # Without torch's own allocator every tensor ends where its allocation ends, and what is past it is noticed.
     Part("sanitizer", 70, _sanitizer, sanitizer_verdict, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)),
 )

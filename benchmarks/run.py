@@ -86,8 +86,7 @@ def main() -> None:
     output = options.output or ROOT / "benchmarks" / "results" / folder / f"{stem}.json"
     try:
         for key, row in measured(options, settings):
-            others = [other for other in result[key] if identity(other) != identity(row)]  # measured again: beside more
-            result[key] = [*others, row]
+            place(row, result[key])
             result["load_average"]["after"] = list(os.getloadavg())
             report.write(result, output)
     except (KeyboardInterrupt, WorkerError, WrongAnswerError) as error:
@@ -196,9 +195,15 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def identity(row: Row) -> tuple[str, str, str]:
-    """What is measured: a row is replaced by a later one of the same."""
-    return row["model"], row["case"], row["dtype"]
+def place(row: Row, rows: list[Row]) -> None:
+    """Put a row where an earlier one of the same case stands, which was measured beside fewer peers; or at the end."""
+
+    def identity(row: Row) -> tuple[str, str, str]:
+        return row["model"], row["case"], row["dtype"]
+
+    same = (index for index, other in enumerate(rows) if identity(other) == identity(row))
+    index = next(same, len(rows))
+    rows[index : index + 1] = [row]
 
 
 def cpu_name() -> str:

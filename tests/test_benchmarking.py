@@ -406,3 +406,12 @@ def test_random_weights_are_the_same_every_time() -> None:
 def test_folder_of_a_device() -> None:
     assert run.slug("Intel(R) Xeon(R) Processor 2 threads") == "intel-xeon-processor-2-threads"
     assert run.slug("AMD EPYC 9R14") == "amd-epyc-9r14"
+
+
+def test_a_row_measured_again_takes_the_place_of_the_earlier() -> None:
+    first, second = _row({"a": 1.0}, case="1x4"), _row({"a": 1.0}, case="1x8")
+    again = _row({"a": 1.0, "b": 2.0}, case="1x4")
+    rows: list[Row] = []
+    for row in (first, second, again):
+        run.place(row, rows)
+    assert rows == [again, second]

@@ -66,7 +66,7 @@ class Part:
     """A part of the stay.
 
     Attributes:
-        weight: its seconds where all have 480; a share of whatever there is.
+        weight: its seconds where all have 480; its share of whatever there is.
         command: what to run in so many seconds; or a string, why it cannot be run.
         verdict: whether it went well, None where it cannot be run, and what to say of it.
         environment: variables that its process has beside this one's.

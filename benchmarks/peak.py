@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -87,18 +88,26 @@ def measure_cuda() -> Peak:
         gops = 2 * size**3 / min(product.samples) * 1e-9
         instructions.append({"dtype": dtype, "instruction": "matrix product", "gops": gops})
     if torch.cuda.get_device_capability() >= (8, 9):
-        a, b = (torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
-        one = torch.ones((), device="cuda")
-        scaled = partial(
-            torch._scaled_mm, a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-        product = compare({"product": Call(scaled, "cuda")})["product"]
-        gops = 2 * size**3 / min(product.samples) * 1e-9
-        instructions.append({"dtype": "float8_e4m3fn", "instruction": "scaled matrix product", "gops": gops})
+        try:
+            gops = _fp8_gops(size)
+            instructions.append({"dtype": "float8_e4m3fn", "instruction": "scaled matrix product", "gops": gops})
+        except RuntimeError as error:  # the function is torch's own business, and has changed before
+            print(f"left out: the rate of fp8 products: {error}", file=sys.stderr)
     source = torch.randint(256, (copied,), dtype=torch.uint8, device="cuda")
     copy = compare({"copy": Call(source.clone, "cuda")}, part=lambda copied: copied[:1].float())["copy"]
     copy_gbs = 2 * copied / min(copy.samples) * 1e-9
     return {"threads": torch.get_num_threads(), "instructions": instructions, "copy_gbs": copy_gbs}
+
+
+def _fp8_gops(size: int) -> float:
+    """Of a square product of e4m3 numbers with one scale each, sums in bfloat16 out."""
+    a, b = (torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device="cuda")
+    scaled = partial(
+        torch._scaled_mm, a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    product = compare({"product": Call(scaled, "cuda")})["product"]
+    return 2 * size**3 / min(product.samples) * 1e-9
 
 
 def main() -> None:

@@ -177,6 +177,8 @@ def _options() -> argparse.Namespace:
             parser.error(f"--{name} is {value}, expected at least 1")
     if options.seconds is not None and not options.seconds > 0:
         parser.error(f"--seconds is {options.seconds}, expected more than 0")
+    if options.quick and options.output is None:
+        parser.error("--quick needs --output: its figures are no results")
     known = PARTS[options.device]
     options.parts = options.parts or [part for part in known if part != "kernels"]
     try:

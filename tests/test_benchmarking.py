@@ -385,8 +385,9 @@ def test_run_end_to_end(
         (["--dtype", "float16"], "--dtype float16: bert_fast has it not on cpu"),
         (["--device", "cuda", "--parts", "sweep"], "--parts sweep: on cuda there are encoder, compiled, kernels"),
         (["--seconds", "0"], "--seconds is 0.0"),
+        (["--quick"], "--quick needs --output"),
     ],
-    ids=["threads", "strings", "case", "model", "peer", "dtype", "part", "seconds"],
+    ids=["threads", "strings", "case", "model", "peer", "dtype", "part", "seconds", "quick"],
 )
 def test_run_names_bad_arguments(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,39 @@ def test_killed_in_mid_run_it_leaves_what_it_measured(tmp_path: Path) -> None:
     assert 1 <= len(rows) < len(QUICK_KERNELS)
     report.save(report.read(output), output)  # what benchmarks.report does, elsewhere
     assert tables.kernel_table(rows, report.read(output)["peak"]) in output.with_suffix(".md").read_text()
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Those that have the folder in their command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if str(folder).encode() in entry.read_bytes():
+                found.append(int(entry.parent.name))
+    return [process for process in found if lives(process)]
+
+
+@pytest.mark.slow
+def test_terminated_it_ends_what_it_started_and_leaves_its_record(tmp_path: Path) -> None:
+    stay = subprocess.Popen(
+        command("benchmarks.gpu", "--quick", "--parts", "kernels", "--output", str(tmp_path)),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(processes_of(tmp_path)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        stay.terminate()
+        assert stay.wait(20) == 143
+    finally:
+        stay.kill()
+        stay.wait()
+    assert processes_of(tmp_path) == []
+    assert json.loads((tmp_path / "gpu.json").read_text())["parts"] == []
+    assert "No part has ended yet." in (tmp_path / "gpu.md").read_text()
 
 
 @pytest.mark.slow

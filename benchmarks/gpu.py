@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import shutil
 import signal
 import sys
@@ -74,7 +73,7 @@ def main() -> None:
     folder = options.output or ROOT / "benchmarks" / "results" / run.slug(name)
     head, dirty = run.commit()
     stay: Stay = {
-        "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
+        "command": run.shown("benchmarks.gpu", sys.argv[1:]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": head,
         "dirty": dirty,

@@ -86,7 +86,16 @@ def run_part(part: Part, job: Job, limit: float) -> PartReport:
         return _report(part, limit, ok=None, outcome=f"not run: {command}")
     ended = run_within(command, max(1.0, limit - GRACE), dict(part.environment))
     ok, outcome = part.verdict(ended)
-    return _report(part, limit, ok, outcome, ended.seconds, shlex.join(command), ended.output[-TAIL:])
+    said = anonymous(outcome, job.folder), anonymous(ended.output[-TAIL:], job.folder)
+    return _report(part, limit, ok, said[0], ended.seconds, anonymous(shlex.join(command), job.folder), said[1])
+
+
+def anonymous(text: str, folder: Path) -> str:
+    """Without the folders of this machine, which are nobody else's."""
+    names = {sys.executable: "python", str(folder): "FOLDER", str(ROOT): ".", sys.prefix: "PREFIX"}
+    for name, instead in names.items():
+        text = text.replace(name, instead)
+    return text
 
 
 def _report(

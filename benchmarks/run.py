@@ -66,7 +66,7 @@ def main() -> None:
     head, dirty = commit()
     device = torch.cuda.get_device_name() if on_gpu else cpu_name()
     result: report.Result = {
-        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        "command": shown("benchmarks.run", sys.argv[1:]),
         "date": date,
         "commit": head,
         "dirty": dirty,
@@ -206,6 +206,15 @@ def place(row: Row, rows: list[Row]) -> None:
     same = (index for index, other in enumerate(rows) if identity(other) == identity(row))
     index = next(same, len(rows))
     rows[index : index + 1] = [row]
+
+
+def shown(module: str, arguments: Sequence[str]) -> str:
+    """A command as results hold it: without where they went, which is nobody else's folder."""
+    kept = list(arguments)
+    while "--output" in kept:
+        index = kept.index("--output")
+        del kept[index : index + 2]
+    return shlex.join(["python", "-m", module, *kept])
 
 
 def cpu_name() -> str:

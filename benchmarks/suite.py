@@ -73,8 +73,9 @@ def measure(
 
 
 def note(settings: Settings, sentence: str) -> None:
-    """Keep what was not measured, and say so at once."""
-    settings.left_out.append(sentence)
+    """Say at once what is not measured, and keep it; of a traceback its end."""
+    first, *lines = (line.strip() for line in sentence.splitlines() if line.strip())
+    settings.left_out.append(" ".join([first, *lines[-1:]]))
     print(f"left out: {sentence}", file=sys.stderr)
 
 

@@ -194,6 +194,9 @@ def test_the_whole_stay_in_small(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {*written, "encoder-ratios.svg", "encoder-roofline.svg"}
     assert "| not measured |" in (tmp_path / "gpu.md").read_text()
     assert "sanitizer: not run: there is no GPU" in stay["left_out"]
+    for file in tmp_path.glob("*.*[dn]"):  # .md, .json
+        for folder in (tmp_path, ROOT, sys.prefix):
+            assert str(folder) not in file.read_text(), file.name
 
 
 @pytest.mark.parametrize(

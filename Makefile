@@ -6,7 +6,7 @@ BIN := .venv/bin
 # One version that CPU machines get without CUDA packages where an index offers it.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-slow test-peers check check-native bench dev extension format clean
+.PHONY: demo test test-slow test-peers check check-native bench gpu dev extension format clean
 
 demo: .venv/demo extension
 	@$(BIN)/python -m bert_fast.demo
@@ -33,6 +33,11 @@ check-native:
 bench: .venv/dev .venv/bench extension
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# With the packages of $(PYTHON), which need torch, Triton and transformers: no .venv, no network.
+# GPU="--seconds 300 --output FOLDER --parts kernels encoder" narrows it down.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(GPU)
 
 dev: .venv/dev extension
 

@@ -14,6 +14,9 @@ MINILM_L6 = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1
 BERT_BASE = BertConfig()
 BERT_LARGE = BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
 
+#: Whether everything runs, not how fast.
+TINY = BertConfig(vocab_size=500, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256)
+
 
 @dataclass(frozen=True)
 class ModelCases:
@@ -35,6 +38,7 @@ MODELS = {
     "minilm": ModelCases("MiniLM-L6", "demo", ("1x16", "1x128", "32x128", "mix32")),
     "base": ModelCases("BERT-base", BERT_BASE, ("1x16", "1x128", "16x128", "mix16")),
     "large": ModelCases("BERT-large", BERT_LARGE, ("1x128", "mix8")),
+    "tiny": ModelCases("Tiny", TINY, ("squad3", "1x16")),
 }
 
 
@@ -50,6 +54,70 @@ SWEEP = {
 
 #: Texts of mixed lengths that are encoded from strings.
 NUM_STRINGS = 256
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model in one precision, and its batches, the most telling first."""
+
+    model: str
+    dtype: str
+    cases: tuple[str, ...]
+
+
+#: What a GPU is measured on, the most telling first: as much of it as the time allows.
+GPU_WORKLOADS = (
+    Workload("base", "bfloat16", ("squad64", "1x128", "128x128", "mix256", "32x384", "1x16", "1x384")),
+    Workload("large", "bfloat16", ("squad64", "1x128", "32x384", "128x128", "mix256", "1x16", "1x384")),
+    Workload("large", "float8_e4m3fn", ("squad64", "32x384", "1x128")),
+    Workload("base", "float16", ("squad64", "128x128", "1x128")),
+    Workload("large", "float16", ("squad64",)),
+    Workload("base", "float8_e4m3fn", ("squad64", "128x128")),
+)
+
+#: What peers are timed on that compile each shape anew, for tens of seconds: again the most telling first.
+GPU_COMPILED = (
+    Workload("base", "bfloat16", ("squad64", "128x128", "1x128")),
+    Workload("large", "bfloat16", ("squad64",)),
+)
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """A kernel alone, on a batch: activations of `width` features, 64 to a head."""
+
+    op: str
+    case: str
+    dtype: str = "bfloat16"
+    width: int = 1024
+
+    @property
+    def name(self) -> str:
+        """What tables call the batch."""
+        return f"{self.case}, width {self.width}"
+
+
+#: Tensors of 0.2 to 0.3 gigabytes: several times any L2, and a launch is hidden behind the kernel before.
+KERNELS = (
+    *(KernelCase("attention", case) for case in ("256x512", "512x256", "1024x128", "squad728", "2048x64", "mix3072")),
+    KernelCase("residual_layer_norm", "1024x128"),
+    KernelCase("embedding_layer_norm", "1024x128"),
+    KernelCase("bias_gelu", "256x128", width=4096),
+    *(KernelCase("attention", case, "float16") for case in ("256x512", "1024x128")),
+    KernelCase("residual_layer_norm", "1024x128", "float16"),
+    KernelCase("residual_layer_norm", "1024x128", width=768),
+    KernelCase("pooling", "squad728"),
+)
+
+#: Of each kernel something small: whether it runs, not how fast.
+QUICK_KERNELS = (
+    KernelCase("attention", "3x8", width=128),
+    KernelCase("attention", "mix5", "float32", width=64),
+    *(
+        KernelCase(op, "mix4", width=64)
+        for op in ("residual_layer_norm", "embedding_layer_norm", "bias_gelu", "pooling")
+    ),
+)
 
 
 def build_model(source: str | BertConfig) -> Any:

@@ -17,18 +17,11 @@ from benchmarks.peers import CONTENDERS
 from benchmarks.tables import SUBJECT, best_peer
 from bert_fast.benchmarking import Row
 
-#: Plot -> what a reader without pictures is told. The names are those of `figures`.
-TITLES = {
-    "ratios": "Speed of bert_fast relative to every contender",
-    "throughput": "Useful GFLOP/s over the number of texts and their length",
-    "roofline": "Useful GFLOP/s over arithmetic intensity, under what the machine can do",
-}
-
 #: Colours that people with colour blindness can tell apart (Okabe and Ito), in the order of `CONTENDERS`.
 COLORS = dict(
     zip(
         CONTENDERS,
-        ("#7f7f7f", "#b8b8b8", "#cc79a7", "#e69f00", "#56b4e9", "#d55e00", "#009e73", "#1f4e9c"),
+        ("#7f7f7f", "#b8b8b8", "#cc79a7", "#f0e442", "#e69f00", "#56b4e9", "#d55e00", "#009e73", "#1f4e9c"),
         strict=True,
     )
 )
@@ -36,7 +29,7 @@ CASE_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def figures(rows: Sequence[Row], sweep: Sequence[Row], peak: Peak) -> dict[str, Figure]:
-    """Those of `TITLES` that the rows have the figures for."""
+    """Those of `report.TITLES` that the rows have the figures for."""
     made = {}
     if any(len(row["contenders"]) > 1 for row in rows):
         made["ratios"] = ratios(rows)
@@ -49,6 +42,7 @@ def figures(rows: Sequence[Row], sweep: Sequence[Row], peak: Peak) -> dict[str, 
 
 def ratios(rows: Sequence[Row]) -> Figure:
     """For each model and dtype a panel, for each case a group of bars: the time of a contender over bert_fast's."""
+    rows = [row for row in rows if len(row["contenders"]) > 1]
     figure, panels = _grid(rows, width=5.6, height=2.7)
     for axes, shown in panels:
         names = [name for name in CONTENDERS if name != SUBJECT and any(name in row["contenders"] for row in shown)]
@@ -110,7 +104,10 @@ def roofline(rows: Sequence[Row], peak: Peak) -> Figure:
             axes.plot(x, np.minimum(roof, x * peak["copy_gbs"]), color="black", linewidth=1)
         for row, intensity in zip(shown, intensities, strict=True):
             for name, color in shown_colors.items():
-                measured = row["contenders"][best_peer(row) if name == "best peer" else name]
+                shown_name = best_peer(row) if name == "best peer" else name
+                if shown_name not in row["contenders"]:
+                    continue
+                measured = row["contenders"][shown_name]
                 axes.plot(intensity, measured["gflops"], marker=markers[_kind(row["case"])], color=color, linestyle="")
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -129,6 +126,8 @@ def _kind(case: str) -> str:
     """The batch without its size, where models differ only in that: "32x128" and "16x128" are "full batch"."""
     if case.startswith("mix"):
         return "mixed lengths"
+    if case.startswith("squad"):
+        return "questions with passages"
     batch_size, seq_len = case.split("x")
     return f"1 text of {seq_len}" if batch_size == "1" else f"full batch of {seq_len}"
 
@@ -141,9 +140,13 @@ def _grid(rows: Sequence[Row], width: float, height: float) -> tuple[Figure, lis
     panels = []
     for (line, dtype), (column, model) in product(enumerate(dtypes), enumerate(models)):
         axes = grid[line][column]
+        shown = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
+        if not shown:
+            axes.set_visible(False)
+            continue
         axes.set_title(f"{model}, {dtype}", fontsize=10)
         _plain(axes)
-        panels.append((axes, [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]))
+        panels.append((axes, shown))
     return figure, panels
 
 

@@ -1,6 +1,8 @@
 """A results file as tables and plots, next to it and in the README.
 
 python -m benchmarks.report benchmarks/results/<device>/encoder.json [--readme README.md]
+
+draws the plots too that a machine without matplotlib could not.
 """
 
 from __future__ import annotations
@@ -8,22 +10,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypedDict, cast
 
-import matplotlib
-
-from benchmarks import plots
 from benchmarks.peak import Peak
-from benchmarks.tables import details, summary
+from benchmarks.tables import details, kernel_table, on_gpu, summary
 from bert_fast.benchmarking import Row
 from bert_fast.folders import read_json
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 
 
-class Result(TypedDict):
-    """What `benchmarks.run` writes."""
+class Measurement(TypedDict):
+    """What every results file has."""
 
     command: str
     date: str  # UTC, ISO 8601
@@ -39,15 +40,69 @@ class Result(TypedDict):
     strings: list[Row]  # encode of texts
 
 
-def save(result: Result, path: Path) -> None:
-    """Write the results file, with its tables (`.md`) and plots (`-<name>.svg`) next to it."""
+class Result(Measurement, total=False):
+    """What `benchmarks.run` writes; older files lack some of it."""
+
+    kernels: list[Row]  # kernels alone
+    left_out: list[str]  # what was to be measured and was not, with the reason
+
+
+def write(result: Result, path: Path) -> None:
+    """Write the results file alone, whole or not at all: whoever is killed meanwhile leaves the one before."""
+    write_whole(json.dumps(result, indent=2) + "\n", path)
+
+
+def write_whole(text: str, path: Path) -> None:
+    """A file that is never there in part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def save(result: Result, path: Path) -> None:
+    """Write the results file, with its tables (`.md`) and plots (`-<name>.svg`) next to it.
+
+    Without matplotlib there are no plots; stderr says how to get them.
+    """
+    write(result, path)
+    if titles(result) and find_spec("matplotlib") is None:
+        print(f"no plots, for want of matplotlib; where it is: python -m benchmarks.report {path}", file=sys.stderr)
+    elif titles(result):
+        draw(result, path)
+    rows = [*result["rows"], *result["strings"], *result["sweep"]]
+    every_contender = f"\n## Every contender\n\n{details(rows)}\n" if rows else ""
+    write_whole(markdown(result, path, path.parent) + every_contender, path.with_suffix(".md"))
+
+
+def draw(result: Result, path: Path) -> None:
+    """The plots of a results file, next to it; ImportError without matplotlib."""
+    import matplotlib
+
+    from benchmarks import plots
+
     with matplotlib.rc_context({"svg.hashsalt": "bert_fast"}):  # this and no date: the same figures, the same file
         for name, figure in plots.figures(result["rows"], result["sweep"], result["peak"]).items():
             figure.savefig(plot_path(path, name), bbox_inches="tight", metadata={"Date": None})
-    every_contender = f"\n## Every contender\n\n{details([*result['rows'], *result['strings'], *result['sweep']])}\n"
-    path.with_suffix(".md").write_text(markdown(result, path, path.parent) + every_contender, encoding="utf-8")
+
+
+#: Plot -> what a reader without pictures is told. The names are those of `plots.figures`.
+TITLES = {
+    "ratios": "Speed of bert_fast relative to every contender",
+    "throughput": "Useful GFLOP/s over the number of texts and their length",
+    "roofline": "Useful GFLOP/s over arithmetic intensity, under what the machine can do",
+}
+
+
+def titles(result: Result) -> dict[str, str]:
+    """Those of `TITLES` that the result has the figures for."""
+    rows = result["rows"]
+    there = {
+        "ratios": any(len(row["contenders"]) > 1 for row in rows),
+        "throughput": bool(result["sweep"]),
+        "roofline": bool(rows),
+    }
+    return {name: title for name, title in TITLES.items() if there[name]}
 
 
 def plot_path(path: Path, name: str) -> Path:
@@ -58,7 +113,7 @@ def plot_path(path: Path, name: str) -> Path:
 def read(path: Path) -> Result:
     """A results file; ValueError, naming the file, when it is not one."""
     values = read_json(path)
-    if missing := Result.__required_keys__ - values.keys():
+    if missing := Measurement.__required_keys__ - values.keys():
         raise ValueError(f"{path} is not a benchmark result: it has no {', '.join(sorted(missing))}")
     return cast(Result, values)
 
@@ -75,10 +130,9 @@ def markdown(result: Result, path: Path, folder: Path) -> str:
     peaks = ", ".join(f"{i['dtype']} {i['gops']:.0f} ({i['instruction']})" for i in result["peak"]["instructions"])
     commit = f"commit {result['commit'][:12]}" if result["commit"] else "no commit"
     links = "\n\n".join(
-        f"![{title}]({os.path.relpath(plot_path(path, name), folder)})"
-        for name, title in plots.TITLES.items()
-        if name in plots.figures(result["rows"], result["sweep"], result["peak"])
+        f"![{title}]({os.path.relpath(plot_path(path, name), folder)})" for name, title in titles(result).items()
     )
+    left_out = "".join(f"- {' '.join(reason.split())}\n" for reason in result.get("left_out", []))
     return f"""\
 {result["device"]}, {result["threads"]} threads, {commit}{" with changes" if result["dirty"] else ""}, \
 load average {result["load_average"]["before"][0]:.1f} before the run; {versions}.
@@ -88,10 +142,8 @@ What the machine can do, in 10^9 operations per second: {peaks}; memory copy {re
 
 {tables(result)}
 
-{LEGEND}
-
-{links}
-"""
+{legend(result)}
+{links and f"{links}{chr(10)}"}{left_out and f"Left out:{chr(10) * 2}{left_out}"}"""
 
 
 LEGEND = """\
@@ -99,12 +151,38 @@ Medians of interleaved rounds, each contender in a process of its own; a line is
 others. GFLOP/s: work on real tokens only; of peak: of what the machine reached in this type in the same run. "to" says
 how many times as fast bert_fast is; in int8 transformers runs in float32. Errors are relative, of the last hidden state
 (of the vectors, for texts), against transformers in float32. MB: the most RAM that the calls held, weights included,
-beyond the libraries."""
+beyond the libraries.
+"""
+
+GPU_LEGEND = """\
+Medians of interleaved rounds by the GPU's own clock, calls back to back, each contender in a process of its own; a line
+is bert_fast's, beside the best of the others. TFLOP/s: work on real tokens only; of peak: of what a matrix product
+reached in this type in the same run. "to" says how many times as fast bert_fast is; in fp8 transformers runs in
+bfloat16. Errors are relative, of the last hidden state, against transformers in float32. MB: the most that the calls
+took from the GPU, weights included. host, latency: microseconds of one call to an idle GPU, until it returns, and
+until its answer is there.
+"""
+
+KERNEL_LEGEND = """\
+Kernels alone, on inputs several times the cache, two sets in turn. TB/s: bytes that must be read and written; of copy:
+of what a copy reached in the same run. limit: what would take longest, the products at the rate of a matrix product or
+the bytes at that of a copy, in time; of limit: how much of the time that is. "ratio" is to torch.
+"""
+
+
+def legend(result: Result) -> str:
+    """What the tables mean."""
+    rows = [*result["rows"], *result["strings"]]
+    kernels = KERNEL_LEGEND if result.get("kernels") else ""
+    return "\n".join(filter(None, ((GPU_LEGEND if on_gpu(rows[0]) else LEGEND) if rows else "", kernels)))
 
 
 def tables(result: Result) -> str:
-    """The summaries of forward passes and of strings, where they were measured."""
-    return "\n\n".join(summary(rows) for rows in (result["rows"], result["strings"]) if rows)
+    """The summaries of forward passes and of strings, and the kernels, where they were measured."""
+    made = [summary(rows) for rows in (result["rows"], result["strings"]) if rows]
+    if kernels := result.get("kernels"):
+        made.append(kernel_table(kernels, result["peak"]))
+    return "\n\n".join(made)
 
 
 def splice(text: str, table: str) -> str:

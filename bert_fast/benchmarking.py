@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -20,7 +21,7 @@ from bert_fast.folders import resolve
 from bert_fast.timing import MAX_ERROR, Call, Timing, compare, using_threads
 
 #: Columns of tables that hold words.
-TEXT_COLUMNS = {"model", "case", "dtype", "contender", "best peer"}
+TEXT_COLUMNS = {"model", "case", "dtype", "contender", "best peer", "kernel", "limit", "target", "unit", "part"}
 
 #: A forward pass: what `Case.inputs` gives -> last hidden states (batch_size, longest, hidden_size).
 Encode = Callable[[dict[str, Tensor]], Tensor]
@@ -57,13 +58,14 @@ class Case:
 
 
 def parse_case(text: str) -> Case:
-    """A batch by its name: "32x128" is 32 sequences of 128 tokens, "mix32" is 32 sequences of mixed lengths.
+    """A batch by its name: "32x128" is 32 sequences of 128 tokens, "mix32" and "squad32" are 32 of mixed lengths.
 
     The lengths of a mix are log-normal with median 32 and sigma 0.8, cut to 3..256 tokens, in no order; always the
-    same for one batch size.
+    same for one batch size. Those of "squad" are as long as questions with their passages, cut at 384 tokens: the
+    quantiles of a log-normal, so that each batch size has the same distribution, with mean 180.
 
     Raises:
-        ValueError: the text is neither form, or a number in it is zero.
+        ValueError: the text is none of these forms, or a number in it is zero.
     """
     if full := re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text):
         batch_size, seq_len = (int(number) for number in full.groups())
@@ -71,7 +73,14 @@ def parse_case(text: str) -> Case:
     if mix := re.fullmatch(r"mix([1-9][0-9]*)", text):
         lengths = np.random.default_rng(0).lognormal(math.log(32), 0.8, int(mix[1]))
         return Case(text, tuple(np.clip(lengths.round(), 3, 256).astype(int).tolist()))
-    raise ValueError(f"case {text!r} is neither BATCHxLENGTH, such as 32x128, nor mixBATCH, such as mix32")
+    if squad := re.fullmatch(r"squad([1-9][0-9]*)", text):
+        batch_size = int(squad[1])
+        normal = np.array([NormalDist().inv_cdf((i + 0.5) / batch_size) for i in range(batch_size)])
+        ordered = np.clip((165 * np.exp(0.45 * normal)).round(), 32, 384).astype(int)
+        return Case(text, tuple(np.random.default_rng(0).permutation(ordered).tolist()))
+    raise ValueError(
+        f"case {text!r} is neither BATCHxLENGTH, such as 32x128, nor mixBATCH or squadBATCH, such as mix32"
+    )
 
 
 class EncoderShape(Protocol):
@@ -113,8 +122,10 @@ class Measured(TypedDict):
     ratio: float
     error: float
     cosine: float
-    memory_mb: float | None  # the most that the calls held in RAM, weights included; None where it is not known
+    memory_mb: float | None  # the most that the calls held of the device, weights included; None where not known
     build_memory_mb: float | None  # the same of making it, with the first call
+    host_us: float | None  # on a GPU, of a single call: until it returns; None elsewhere
+    latency_us: float | None  # and until its answer is there
 
 
 class Row(TypedDict):
@@ -158,11 +169,19 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """The most RAM a contender held, in megabytes, beyond the libraries: in its calls, and until the first was made."""
+class Cost:
+    """What a contender costs beside its time; None where it is not known.
 
-    calls_mb: float
-    build_mb: float
+    Attributes:
+        calls_mb: the most memory that its calls held, in megabytes, beyond the libraries; of the device it runs on.
+        build_mb: the same until the first call was made.
+        host_us, latency_us: on a GPU, of a single call: until it returns, and until its answer is there.
+    """
+
+    calls_mb: float | None = None
+    build_mb: float | None = None
+    host_us: float | None = None
+    latency_us: float | None = None
 
 
 def bench_model(
@@ -241,7 +260,7 @@ def measured_row(
     work: Work,
     *,
     peak_gops: float | None = None,
-    memory: Mapping[str, Memory] | None = None,
+    costs: Mapping[str, Cost] | None = None,
 ) -> Row:
     """What `compare` measured, as a row.
 
@@ -249,12 +268,13 @@ def measured_row(
         timings: by contender; ratios are to the first.
         work: what a call did.
         peak_gops: what the device can do in this dtype, in 10^9 operations per second; gives `of_peak`.
-        memory: of each contender, where it is known.
+        costs: of each contender, where they are known.
     """
     gflop = work.flops * 1e-9
     baseline = next(iter(timings.values())).median
     contenders: dict[str, Measured] = {}
     for name, timing in timings.items():
+        cost = costs[name] if costs else Cost()
         contenders[name] = {
             "median_ms": timing.median * 1e3,
             "quartiles_ms": [1e3 * quartile for quartile in timing.quartiles],
@@ -263,8 +283,10 @@ def measured_row(
             "ratio": baseline / timing.median,
             "error": timing.error,
             "cosine": timing.cosine,
-            "memory_mb": memory[name].calls_mb if memory else None,
-            "build_memory_mb": memory[name].build_mb if memory else None,
+            "memory_mb": cost.calls_mb,
+            "build_memory_mb": cost.build_mb,
+            "host_us": cost.host_us,
+            "latency_us": cost.latency_us,
         }
     return {
         "model": work.model,

@@ -27,7 +27,11 @@ MIN_SAMPLE = 0.05
 
 
 class WrongAnswerError(RuntimeError):
-    """A contender's answer differs from the first one's, so nothing is timed."""
+    """A contender's answer differs from the first one's, so nothing is timed; `contender` is its name."""
+
+    def __init__(self, message: str, contender: str) -> None:
+        super().__init__(message)
+        self.contender = contender
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,18 @@ class Call:
         if self.count > 1:
             self.function()  # meanwhile the caches held what is the others'
         return self._seconds(self.count)
+
+    def host(self, calls: int) -> tuple[float, float]:
+        """Medians over single calls to an idle GPU, in seconds: until a call returns, and until its answer is there."""
+        returned, answered = [], []
+        for _ in range(calls):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            self.function()
+            returned.append(time.perf_counter() - start)
+            torch.cuda.synchronize()
+            answered.append(time.perf_counter() - start)
+        return float(np.median(returned)), float(np.median(answered))
 
     def _seconds(self, count: int) -> float:
         """Seconds per call over `count` calls in a row."""
@@ -169,13 +185,14 @@ def _errors(
     for name, answer in answers.items():
         if answer.shape != expected.shape:
             raise WrongAnswerError(
-                f"{name} gives shape {tuple(answer.shape)} but {baseline} gives {tuple(expected.shape)}"
+                f"{name} gives shape {tuple(answer.shape)} but {baseline} gives {tuple(expected.shape)}", name
             )
         errors[name] = relative_error(answer, expected)
         allowed = max_error[name] if isinstance(max_error, Mapping) else max_error
         if not errors[name] <= allowed:  # not "greater": NaN must not pass
             raise WrongAnswerError(
-                f"{name} differs from {baseline} by a relative error of {errors[name]:.1e}, allowed {allowed:.0e}"
+                f"{name} differs from {baseline} by a relative error of {errors[name]:.1e}, allowed {allowed:.0e}",
+                name,
             )
     return errors
 

@@ -14,7 +14,7 @@ import torch
 from benchmarks import cases, peak, plots, report, run
 from benchmarks.tables import best_peer, details, ratio_to_best, summary
 from bert_fast import benchmarking
-from bert_fast.benchmarking import Memory, Row, Work, format_table, measured_row, parse_case, useful_bytes, useful_flops
+from bert_fast.benchmarking import Cost, Row, Work, format_table, measured_row, parse_case, useful_bytes, useful_flops
 from bert_fast.config import BertConfig
 from bert_fast.timing import Timing, WrongAnswerError
 
@@ -155,9 +155,9 @@ def _row(
         name: Timing((median * 1e-3,), error=0.0 if index == 0 else 1.25e-6, cosine=1.0)
         for index, (name, median) in enumerate(milliseconds.items())
     }
-    memory = {name: Memory(calls_mb=10.0 * median, build_mb=400.0) for name, median in milliseconds.items()}
+    costs = {name: Cost(calls_mb=10.0 * median, build_mb=400.0) for name, median in milliseconds.items()}
     work = Work(model, case, dtype, tokens=100, padded_tokens=200, flops=30_000_000, bytes=1_000_000)
-    return measured_row(timings, work, peak_gops=40.0 if suite else None, memory=memory if suite else None)
+    return measured_row(timings, work, peak_gops=40.0 if suite else None, costs=costs if suite else None)
 
 
 SLOW_AND_FAST = {"plain": 3.0, "fast": 1.5}
@@ -263,7 +263,7 @@ def test_result_round_trip(result: report.Result, tmp_path: Path) -> None:
     assert "    python -m benchmarks.run --models tiny\n" in text
     assert "triton" not in text
 
-    files = {name: path.with_name(f"encoder-{name}.svg") for name in plots.TITLES}
+    files = {name: path.with_name(f"encoder-{name}.svg") for name in report.TITLES}
     drawn = {name: file.read_bytes() for name, file in files.items()}
     for name, plot in drawn.items():
         assert xml.etree.ElementTree.fromstring(plot).tag == "{http://www.w3.org/2000/svg}svg"
@@ -284,7 +284,7 @@ def test_readme_gets_the_tables_and_links_to_the_plots(
     text = readme.read_text()
     assert summary(result["rows"]) in text
     assert "Every contender" not in text
-    assert all(f"](device/encoder-{name}.svg)" in text for name in plots.TITLES)
+    assert all(f"](device/encoder-{name}.svg)" in text for name in report.TITLES)
 
 
 def test_result_without_parts(result: report.Result, tmp_path: Path) -> None:
@@ -352,8 +352,8 @@ def test_every_case_fits_its_model(model: str) -> None:
 def test_run_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], result: report.Result
 ) -> None:
-    monkeypatch.setattr(run, "MODELS", {"tiny": cases.ModelCases("Tiny", TINY, ("1x4", "mix3"))})
-    monkeypatch.setattr(peak, "measure_cpu", lambda threads: result["peak"])
+    monkeypatch.setitem(cases.MODELS, "tiny", cases.ModelCases("Tiny", TINY, ("1x4", "mix3")))
+    monkeypatch.setattr(peak, "measure_cpu", lambda threads, quick: result["peak"])
     output = tmp_path / "encoder.json"
     arguments = ["--models", "tiny", "--dtype", "float32", "--peers", "transformers-eager", "--parts", "encoder"]
     arguments += ["--threads", "1", "--repeats", "1", "--output", str(output)]
@@ -362,7 +362,7 @@ def test_run_end_to_end(
 
     written = report.read(output)
     assert [row["case"] for row in written["rows"]] == ["1x4", "mix3"]
-    assert written["command"] == " ".join(["python -m benchmarks.run", *arguments])
+    assert written["command"] == " ".join(["python -m benchmarks.run", *arguments[:-2]])  # not where it went
     assert written["versions"]["torch"] == torch.__version__
     for row in written["rows"]:
         assert list(row["contenders"]) == ["transformers", "transformers-eager", "bert_fast"]
@@ -383,9 +383,11 @@ def test_run_end_to_end(
         (["--models", "huge"], "huge"),
         (["--peers", "tensorrt"], "tensorrt"),
         (["--dtype", "float16"], "--dtype float16: bert_fast has it not on cpu"),
-        (["--device", "cuda", "--parts", "sweep"], "--parts sweep: on cuda only encoder"),
+        (["--device", "cuda", "--parts", "sweep"], "--parts sweep: on cuda there are encoder, compiled, kernels"),
+        (["--seconds", "0"], "--seconds is 0.0"),
+        (["--quick"], "--quick needs --output"),
     ],
-    ids=["threads", "strings", "case", "model", "peer", "dtype", "part"],
+    ids=["threads", "strings", "case", "model", "peer", "dtype", "part", "seconds", "quick"],
 )
 def test_run_names_bad_arguments(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -405,3 +407,12 @@ def test_random_weights_are_the_same_every_time() -> None:
 def test_folder_of_a_device() -> None:
     assert run.slug("Intel(R) Xeon(R) Processor 2 threads") == "intel-xeon-processor-2-threads"
     assert run.slug("AMD EPYC 9R14") == "amd-epyc-9r14"
+
+
+def test_a_row_measured_again_takes_the_place_of_the_earlier() -> None:
+    first, second = _row({"a": 1.0}, case="1x4"), _row({"a": 1.0}, case="1x8")
+    again = _row({"a": 1.0, "b": 2.0}, case="1x4")
+    rows: list[Row] = []
+    for row in (first, second, again):
+        run.place(row, rows)
+    assert rows == [again, second]

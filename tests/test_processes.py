@@ -87,8 +87,8 @@ def test_workers_are_compared() -> None:
     specs = {"one": spec(make_scaled, 1.0), "nearly": spec(make_scaled, 1.000001)}
     with workers(specs, THREADS) as started:
         for given in (torch.tensor([1.0, 2.0]), torch.ones(2, 3)):  # built once, called with one thing and another
-            timings, memory = compare_workers(started, given, repeats=3)
-            assert list(timings) == list(memory) == ["one", "nearly"]
+            timings, costs = compare_workers(started, given, repeats=3)
+            assert list(timings) == list(costs) == ["one", "nearly"]
             assert all(len(timing.samples) == 3 and timing.median > 0 for timing in timings.values())
             assert timings["nearly"].error == pytest.approx(1e-6, rel=0.1)
         processes = [worker.process for worker in started.values()]
@@ -140,7 +140,7 @@ def test_memory_is_the_contenders_own() -> None:
         started["large"].give(None)
         started["large"].answer()
         started["large"].warm_up(1)
-        memory = started["large"].memory()
+        memory = started["large"].cost()
     assert 120 <= memory.build_mb <= 135  # what it holds, twice
     assert (
         90 <= memory.calls_mb <= 140

@@ -82,11 +82,12 @@ def _make(name: str, source: str | BertConfig, precision: str, device: str) -> E
 
 
 FLOATS = ("float32", "bfloat16", "float16")
+FP8 = "float8_e4m3fn"
 
-#: What every row starts from: in int8, which transformers has not, in float32.
-BASELINE = Peer("transformers", "transformers_sdpa", cpu=(*FLOATS, "int8"), cuda=FLOATS)
+#: What every row starts from: in int8, which transformers has not, in float32; in fp8 in bfloat16.
+BASELINE = Peer("transformers", "transformers_sdpa", cpu=(*FLOATS, "int8"), cuda=(*FLOATS, FP8))
 
-SUBJECT = Peer("bert_fast", "accelerated", cpu=("float32", "bfloat16", "int8"), cuda=FLOATS)
+SUBJECT = Peer("bert_fast", "accelerated", cpu=("float32", "bfloat16", "int8"), cuda=(*FLOATS, FP8))
 
 #: What else a row can have, by name.
 PEERS = {
@@ -94,6 +95,7 @@ PEERS = {
     for peer in (
         Peer("transformers-eager", "transformers_eager", cpu=FLOATS, cuda=FLOATS),
         Peer("torch.compile", "torch_compile", cpu=FLOATS, cuda=FLOATS, compiles_shapes=True),
+        Peer("varlen_attn", "varlen", cpu=(), cuda=FLOATS[1:]),
         Peer("torch-int8", "torch_int8", cpu=("int8",)),
         Peer("onnxruntime", "onnx_runtime", cpu=("float32", "int8"), packages=("onnxruntime", "onnx")),
         Peer("openvino", "open_vino", cpu=("float32", "bfloat16", "int8"), packages=("openvino", "nncf")),

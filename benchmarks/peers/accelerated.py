@@ -18,7 +18,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def build(model: Any, precision: str) -> Encode:
-    """See `Peer.build`. On a GPU the model itself is in the precision."""
+    """See `Peer.build`. On a GPU the model itself is in the precision, in fp8 in bfloat16."""
+    if precision == "float8_e4m3fn":
+        return last_hidden_state(accelerate(model.bfloat16(), precision="fp8"))
     if model.device.type == "cuda":
         return last_hidden_state(accelerate(model.to(getattr(torch, precision))))
     return last_hidden_state(accelerate(model, **OPTIONS[precision]))

@@ -10,5 +10,6 @@ from bert_fast.benchmarking import Encode, last_hidden_state
 
 
 def build(model: Any, precision: str) -> Encode:
-    """See `Peer.build`. In int8, which it has not, the model stays in float32."""
-    return last_hidden_state(model.to(torch.float32 if precision == "int8" else getattr(torch, precision)))
+    """See `Peer.build`. For int8, which it has not, the model stays in float32; for fp8 it is in bfloat16."""
+    dtype = {"int8": torch.float32, "float8_e4m3fn": torch.bfloat16}.get(precision)
+    return last_hidden_state(model.to(dtype or getattr(torch, precision)))

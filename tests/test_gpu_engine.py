@@ -199,6 +199,19 @@ def test_another_precision_than_the_parameters(precision):
     assert vectors.dtype == torch.float32
 
 
+def test_fp8():
+    """The products are torch's, the codes come from the kernels."""
+    pytest.importorskip("bert_fast.kernels.quantize")
+    for act in ("gelu", "relu"):
+        model = make(dtype=torch.float16, intermediate_size=128, hidden_act=act)
+        exact, batch, states = engine_of(model, "fp16").rows(ragged(7, 20)), ragged(7, 20), []
+        rows = engine_of(model, "fp8").rows(batch)
+        assert rows.dtype == torch.float16
+        assert 0 < (rows.float() - exact.float()).norm() / exact.float().norm() < 0.05
+        assert torch.equal(engine_of(model, "fp8").rows(batch, states), rows)
+        assert len(states) == 3
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 GOOD = torch.arange(40).reshape(2, 20)

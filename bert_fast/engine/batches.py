@@ -91,8 +91,9 @@ class HostBatch:
             _host_ids("token_type_ids", ragged.token_type_ids, ragged, sizes.type_vocab_size),
         ]
         self.num_tokens, self.batch_size = ragged.input_ids.shape[0], len(self._cu_seqlens) - 1
-        offsets, lengths = self._cu_seqlens, np.diff(self._cu_seqlens)
-        if offsets[0] != 0 or offsets[-1] != self.num_tokens or (lengths < 0).any():
+        offsets = self._cu_seqlens
+        lengths = offsets[1:] - offsets[:-1]
+        if offsets[0] != 0 or offsets[-1] != self.num_tokens or lengths.min(initial=0) < 0:
             _check.sequence_bounds("encoder", ragged.cu_seqlens, self.num_tokens)
         self.max_seqlen = int(lengths.max(initial=0))
 

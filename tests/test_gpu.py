@@ -18,7 +18,7 @@ from test_gpu_engine import engine_of, make, ragged
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import bert_fast
-from bert_fast import engine, ops
+from bert_fast import engine, modules, ops
 from bert_fast.engine.gpu import GpuEngine
 from bert_fast.engine.graphs import RECORD_AT
 from bert_fast.inputs import BertInputs
@@ -168,33 +168,28 @@ def test_without_the_extension(monkeypatch):
     assert relative_error(call(model).last_hidden_state[0], expected[0]) < MAX_ERROR["fp16"]
 
 
-def test_a_head_of_ours():
-    config = BertConfig(
-        vocab_size=80, hidden_size=64, num_attention_heads=2, intermediate_size=128, num_hidden_layers=2
-    )
-    theirs = BertForMaskedLM(config).eval().to(GPU)
-    from bert_fast.modules import BertForMaskedLM as Ours
+def test_a_precision_that_the_model_left_behind():
+    model = bert_fast.accelerate(large(), precision="fp16").cpu()
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad(), pytest.warns(ops.FallbackWarning, match="precision 'fp16' does not run on cpu"):
+        rows = model(ids).last_hidden_state
+    with torch.no_grad():
+        torch.testing.assert_close(rows, large().cpu()(ids).last_hidden_state, rtol=0, atol=1e-4)
 
-    ours = Ours(
-        bert_fast.BertConfig(
-            vocab_size=80, hidden_size=64, num_attention_heads=2, intermediate_size=128, num_hidden_layers=2
-        )
-    )
-    ours.load_state_dict(theirs.state_dict(), strict=False)
+
+def test_a_head_of_ours():
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128, "num_hidden_layers": 2}
+    theirs = BertForMaskedLM(BertConfig(vocab_size=80, **sizes)).eval().to(GPU)
+    ours = modules.BertForMaskedLM(bert_fast.BertConfig(vocab_size=80, **sizes))
+    ours.load_state_dict(theirs.state_dict())
     ours = ours.eval().to(GPU)
     ids = torch.randint(0, 80, (3, 17), device=GPU)
     mask = torch.rand(3, 17, device=GPU) < 0.7
     mask[:, 0] = True
     with torch.no_grad():
+        expected = theirs(ids, mask.long()).logits
         for _ in range(RECORD_AT + 1):
-            got = ours(ids, mask)
-            expected = theirs(ids, mask.long()).logits
-            torch.testing.assert_close(
-                got.prediction_logits[mask] if hasattr(got, "prediction_logits") else got.logits[mask],
-                expected[mask],
-                rtol=0,
-                atol=1e-4,
-            )
+            torch.testing.assert_close(ours(ids, mask).logits[mask], expected[mask], rtol=0, atol=1e-4)
 
 
 def test_ids_are_checked_and_the_process_lives():

@@ -91,7 +91,7 @@ def test_a_padded_batch(kind, dtype):
 def test_activations(act):
     model, inputs = make(hidden_act=act), BertInputs(torch.randint(0, 80, (2, 9), device=DEVICE))
     rows = engine_of(model).padded(inputs)[0]
-    torch.testing.assert_close(rows.flatten(0, 1), plain(model, inputs)[0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(rows.flatten(0, 1), plain(model, inputs)[0], rtol=0, atol=1e-5)
 
 
 def test_every_layer_comes_out():
@@ -102,7 +102,7 @@ def test_every_layer_comes_out():
     rows, _, states = engine_of(model).padded(BertInputs(ids, mask), want_states=True)
     assert torch.equal(rows, states[-1])
     for state, value in zip(states, expected, strict=True):
-        torch.testing.assert_close(state[mask], value[mask], rtol=0, atol=2e-6)
+        torch.testing.assert_close(state[mask], value[mask], rtol=0, atol=1e-5)
         assert not state[~mask].any()
     run = engine_of(model)
     batch, padding = run.pack(BertInputs(ids, mask))
@@ -159,11 +159,11 @@ def test_rows_and_vectors(where):
         batch = CheckedRagged(**on_device, max_seqlen=batch.max_seqlen)
         if where == "device" and HAS_GPU:
             batch = Ragged(**vars(batch))
-    torch.testing.assert_close(run.rows(batch), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(run.rows(batch), expected, rtol=0, atol=1e-5)
     modes = ["mean", "cls", "max"]
     offsets = batch.cu_seqlens.to(DEVICE)
     pooled = torch.cat([ops.pooling(expected, offsets, mode=mode, impl="reference") for mode in modes], dim=1)
-    torch.testing.assert_close(run.vectors(batch, modes, normalize=False), pooled, rtol=0, atol=2e-6)
+    torch.testing.assert_close(run.vectors(batch, modes, normalize=False), pooled, rtol=0, atol=1e-5)
     lengths = run.vectors(batch, modes, normalize=True).norm(dim=1)
     torch.testing.assert_close(lengths.cpu(), torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0]))
 
@@ -182,7 +182,7 @@ def test_a_batch_that_the_caller_packed():
     )
     rows, first, states = engine_of(model).padded(inputs, want_states=True)
     expected = engine_of(model).rows(ragged(5, 3))
-    torch.testing.assert_close(rows[0], expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(rows[0], expected, rtol=0, atol=1e-5)
     assert torch.equal(first, rows[0, [0, 5]])
     assert torch.equal(states[-1], rows)
 
@@ -342,7 +342,7 @@ def test_a_bucket_leaks_nothing_from_batch_to_batch(way):
     for index, lengths in enumerate([(16,), (3,), (0,), (9, 7), (1, 2), (0, 5), (16,), (1,)]):
         batch = ragged(*lengths, seed=index)
         for got, expected in zip(results(recorded, batch, lengths), results(eager, batch, lengths), strict=True):
-            torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 def test_results_are_the_callers():
@@ -350,8 +350,8 @@ def test_results_are_the_callers():
     batches = [ragged(5, 9, seed=seed) for seed in range(4)]
     results = [(run.rows(batch), run.vectors(batch, ["mean"], False)) for batch in batches]
     for batch, (rows, vectors) in zip(batches, results, strict=True):
-        torch.testing.assert_close(run.rows(batch), rows, rtol=0, atol=2e-6)
-        torch.testing.assert_close(run.vectors(batch, ["mean"], False), vectors, rtol=0, atol=2e-6)
+        torch.testing.assert_close(run.rows(batch), rows, rtol=0, atol=1e-5)
+        torch.testing.assert_close(run.vectors(batch, ["mean"], False), vectors, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("fill", ["host", "padded"])

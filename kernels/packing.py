@@ -2,7 +2,8 @@
 
 The rows of a batch (batch_size, seq_len) are cut into blocks of columns, numbered row by row. `inspect` reports for a
 block how many tokens the mask keeps and how many ids are outside their tables; `pack` adds up the counts before it
-to the place of its first token; `unpack` takes rows back to where their tokens were.
+to the place of its first token, or counts by itself where that is quick; `unpack` takes rows back to where their tokens
+were.
 """
 
 # mypy: allow-untyped-defs
@@ -13,6 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+#: A mask of so many places is read whole by every program of `pack`, which then needs no counts.
+FEW_PLACES = 256
 
 _MAX_BLOCK = 1024  # columns a program
 _TILE = 2048  # elements a program of `unpack`; 16 for each of its 128 threads, two 16-byte loads of a 16-bit dtype
@@ -141,6 +145,7 @@ def _pack_kernel(
     type_vocab_size,
     max_position_embeddings,
     counts_ptr,
+    report_ptr,
     ids_out_ptr,
     types_out_ptr,
     positions_out_ptr,
@@ -152,6 +157,7 @@ def _pack_kernel(
     padded_batch_size,
     capacity,
     BLOCK: tl.constexpr,
+    FEW: tl.constexpr,
 ):
     program = tl.program_id(0)
     blocks_a_row = tl.cdiv(seq_len, BLOCK)
@@ -160,11 +166,22 @@ def _pack_kernel(
     columns = block * BLOCK + tl.arange(0, BLOCK)
     inside = columns < seq_len
     kept = inside
+    first_place = batch * seq_len + block * BLOCK
+    length = seq_len
     if mask_ptr is None:
-        start = (batch * seq_len + block * BLOCK).to(tl.int32)
+        start = first_place.to(tl.int32)
     else:
         kept &= _load(mask_ptr, batch, columns, stride_mask_row, stride_mask, inside) != 0
-        start = _sum(counts_ptr, 0, program, BLOCK)
+        if counts_ptr is None:
+            places = tl.arange(0, FEW)
+            row = places // seq_len
+            there = row < batch_size
+            marks = _load(mask_ptr, row.to(tl.int64), places % seq_len, stride_mask_row, stride_mask, there) != 0
+            start = tl.sum((marks & (places < first_place)).to(tl.int32), axis=0)
+            length = tl.sum((marks & (row == batch)).to(tl.int32), axis=0)
+        else:
+            start = _sum(counts_ptr, 0, program, BLOCK)
+            length = _sum(counts_ptr, program - block, program - block + blocks_a_row, BLOCK)
     rows = start + tl.cumsum(kept.to(tl.int32), axis=0) - 1
     # Whatever becomes of the mask between the two kernels, no row is written that is not there.
     written = kept & (rows < capacity)
@@ -182,13 +199,18 @@ def _pack_kernel(
         positions = _load(positions_ptr, batch, columns, stride_positions_row, stride_positions, inside)
     tl.store(positions_out_ptr + rows, _clamp(positions, max_position_embeddings), mask=written)
 
+    if report_ptr is not None:
+        outside = _count_outside(ids, vocab_size, inside)
+        outside += _count_outside(types, type_vocab_size, inside)
+        outside += _count_outside(positions, max_position_embeddings, inside)
+        tl.store(report_ptr + program, tl.sum(kept.to(tl.int32), axis=0))
+        tl.store(report_ptr + tl.num_programs(0) + program, outside)
     places = batch * seq_len + columns
     if index_ptr is not None:
         tl.store(index_ptr + rows, places, mask=written)
     if inverse_ptr is not None:
         tl.store(inverse_ptr + places, tl.where(written, rows, -1), mask=inside)
         if block == 0:
-            length = _sum(counts_ptr, program, program + blocks_a_row, BLOCK)
             tl.store(inverse_ptr + batch_size.to(tl.int64) * seq_len + batch, tl.where(length > 0, start, -1))
     if cu_seqlens_ptr is not None:
         if block == 0:
@@ -248,12 +270,12 @@ def pack(
     cu_seqlens: Tensor | None = None,
     index: Tensor | None = None,
     inverse: Tensor | None = None,
-) -> None:
+) -> Tensor:
     """Write the tokens that the mask keeps one after another; an id outside its table is brought inside.
 
     Args:
         ids: the padded batch.
-        report: of `inspect`; may be None where there is neither a mask nor `inverse`.
+        report: of `inspect`; None where it is not needed, that is, without a mask or of at most `FEW_PLACES` places.
         input_ids, token_type_ids, position_ids: (capacity,) int32: where the tokens go. What is past their number is
             left as it is.
         cu_seqlens: (at least batch_size + 1,) int32, if wanted: where the sequences start, filled to its end with the
@@ -261,18 +283,26 @@ def pack(
         index: (capacity,) int64, if wanted: where each token was, batch * seq_len + column.
         inverse: (batch_size * seq_len + batch_size,) int32, if wanted: the row of each place of the batch, -1 where no
             token is; then the row of the first token of each sequence, -1 for one without.
+
+    Returns:
+        The report given, or what `inspect` would have reported.
     """
     batch_size, seq_len = ids.input_ids.shape
     block, blocks_a_row = blocks(seq_len)
-    if batch_size * blocks_a_row == 0:
+    num_blocks = batch_size * blocks_a_row
+    counts, made = report, None
+    if report is None:
+        report = made = torch.empty((2, num_blocks), dtype=torch.int32, device=input_ids.device)
+    if num_blocks == 0:
         for places, nothing in ((cu_seqlens, 0), (inverse, -1)):
             if places is not None:
                 places.fill_(nothing)
-        return
+        return report
     with torch.cuda.device_of(input_ids):
-        _pack_kernel[(batch_size * blocks_a_row,)](
+        _pack_kernel[(num_blocks,)](
             *ids.arguments(),
-            report,
+            counts,
+            made,
             input_ids,
             token_type_ids,
             position_ids,
@@ -284,7 +314,9 @@ def pack(
             0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
             input_ids.shape[0],
             BLOCK=block,
+            FEW=FEW_PLACES,
         )
+    return report
 
 
 def unpack(rows: Tensor, inverse: Tensor, out: Tensor) -> None:

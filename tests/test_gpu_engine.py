@@ -13,10 +13,11 @@ from transformers import BertConfig, BertModel
 
 from bert_fast import ops
 from bert_fast.engine import fingerprint
-from bert_fast.engine.batches import FEW_PLACES, CheckedRagged, DeviceBatch, Inputs
-from bert_fast.engine.gpu import GpuEngine, refusal
+from bert_fast.engine.batches import CheckedRagged, DeviceBatch, Inputs, PaddedBatch
+from bert_fast.engine.gpu import GpuEngine, _Work, refusal
 from bert_fast.engine.graphs import Bucket
 from bert_fast.inputs import BertInputs, TableSizes
+from bert_fast.kernels.packing import FEW_PLACES
 from bert_fast.ragged import Ragged
 
 DEVICE = torch.device("cuda:0" if HAS_GPU else "cpu")
@@ -287,8 +288,31 @@ def test_bad_packed_batches(change, message, where):
         return  # offsets on the device are not read
     sizes = TableSizes(80, 2, 600, 32)
     on_device = Ragged(**{name: value.to(DEVICE) for name, value in batch.items()}, max_seqlen=2)
+
+    def run():
+        batch = DeviceBatch(on_device, sizes, may_wait=True)
+        batch.fill(Inputs(Bucket(16, 1, 2), DEVICE))
+        batch.check()
+
     with pytest.raises(ValueError, match=message):
-        DeviceBatch(on_device, sizes, may_wait=True).check()
+        run()
+
+
+@pytest.mark.parametrize("rows", [4, 40])
+def test_where_the_device_may_not_be_asked(rows):
+    """While the caller records a graph: the whole batch is run, whatever its mask and its ids."""
+    run = engine_of(make())
+    ids, mask = torch.randint(0, 80, (rows, 20), device=DEVICE), torch.rand(rows, 20, device=DEVICE) < 0.5
+    expected = run.padded(BertInputs(ids, mask))
+    batch = PaddedBatch(BertInputs(ids, mask), run._sizes, may_wait=False)
+    assert (batch.num_tokens, batch.max_seqlen) == (rows * 20, 20)
+    got = run._run(batch, _Work, lambda hidden, shared: run._unpack(batch, hidden))
+    for one, other in zip(got, expected, strict=False):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    bad = PaddedBatch(BertInputs(ids + 1000, mask), run._sizes, may_wait=False)
+    assert run._run(bad, _Work, lambda hidden, shared: hidden).shape[1] == 32
+    with pytest.raises(ValueError, match="a CUDA graph is being captured, and the host has to know how many tokens"):
+        batch.to_ragged()
 
 
 def test_what_gpus_compute():

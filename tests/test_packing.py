@@ -25,7 +25,7 @@ def batch(shape, mask=None, types=None, positions=None, ids=None):
     return packing.Ids(tensor(shape, 80) if ids is None else ids, mask, types, positions, *SIZES)
 
 
-def packed(ids: packing.Ids, num_tokens: int, extra_sequences: int = 0, **options: bool) -> dict[str, Tensor]:
+def packed(ids: packing.Ids, num_tokens: int, extra_sequences: int = 0) -> dict[str, Tensor]:
     """Everything that `pack` writes, with a guard behind each."""
     batch_size, seq_len = ids.input_ids.shape
     sizes = {
@@ -40,9 +40,17 @@ def packed(ids: packing.Ids, num_tokens: int, extra_sequences: int = 0, **option
         name: torch.full((size + 64,), GUARD, device=DEVICE, dtype=torch.int64 if name == "index" else torch.int32)
         for name, size in sizes.items()
     }
-    packing.pack(ids, packing.inspect(ids), **{name: memory[name][:size] for name, size in sizes.items()})
+    report = packing.inspect(ids)
+    arguments = {name: memory[name][:size] for name, size in sizes.items()}
+    assert packing.pack(ids, report, **arguments) is report
+    before = {name: written.clone() for name, written in memory.items()}
+    if ids.attention_mask is None or ids.input_ids.numel() <= packing.FEW_PLACES:  # counts by itself
+        for written in memory.values():
+            written.fill_(GUARD)
+        assert torch.equal(packing.pack(ids, None, **arguments), report)
     for name, size in sizes.items():
         assert (memory[name][size:] == GUARD).all(), f"{name} was written past its end"
+        assert torch.equal(memory[name], before[name]), name
     return {name: memory[name][:size] for name, size in sizes.items()}
 
 

@@ -22,10 +22,6 @@ from bert_fast.inputs import BertInputs, TableSizes
 from bert_fast.ops import _check
 from bert_fast.ragged import Padding, Ragged
 
-#: Up to as many places a padded batch is run at its full size, before the host knows how many hold a token: products of
-#: so few rows take as long as reading the weights does.
-FEW_PLACES = 256
-
 MAX_PLACES = 2**31 - 1  # rows are numbered in int32
 
 
@@ -68,7 +64,7 @@ class Batch(Protocol):
         """Queue the writing of its tokens; `inputs` is at least as large."""
 
     def check(self) -> None:
-        """ValueError if an id is outside its table; waits for the device if it has to be asked."""
+        """ValueError if an id is outside its table, for after `fill`; waits for the device if it has to be asked."""
 
 
 class HostBatch:
@@ -153,14 +149,16 @@ class DeviceBatch:
         self.num_tokens, self.batch_size = ids[0].shape[0], ragged.cu_seqlens.shape[0] - 1
         self.max_seqlen = ragged.max_seqlen
         self._ids = packing.Ids(ids[0][None], None, ids[2][None], ids[1][None], *sizes[:3])
-        asks = may_wait and not isinstance(ragged, CheckedRagged)
-        self._report = _Report(packing.inspect(self._ids)) if asks else None
+        self._asks = may_wait and not isinstance(ragged, CheckedRagged)
+        self._report: _Report | None = None
 
     def fill(self, inputs: Inputs) -> None:
         """See `Batch`."""
         from bert_fast.kernels import packing
 
-        packing.pack(self._ids, None, inputs.input_ids, inputs.token_type_ids, inputs.position_ids)
+        report = packing.pack(self._ids, None, inputs.input_ids, inputs.token_type_ids, inputs.position_ids)
+        if self._asks:
+            self._report = _Report(report)
         inputs.cu_seqlens[: self.batch_size + 1].copy_(self._ragged.cu_seqlens)
         inputs.cu_seqlens[self.batch_size + 1 :] = self.num_tokens
 
@@ -202,24 +200,30 @@ class PaddedBatch:
             raise ValueError(f"input_ids has {num_places} elements, expected at most {MAX_PLACES}")
         self._inputs, self._sizes = inputs, sizes
         self._ids = packing.Ids(tokens, mask, types, positions, *sizes[:3])
-        self._counts = packing.inspect(self._ids)
-        self._report = _Report(self._counts) if may_wait else None
+        self._may_wait = may_wait
+        self._report: _Report | None = None
+        self._counts: Tensor | None = None
         self.inverse = torch.empty(num_places + self.batch_size, dtype=torch.int32, device=tokens.device)
         self.num_tokens, self.max_seqlen = num_places, self.seq_len
-        asks = mask is not None and num_places > (0 if exact else FEW_PLACES)
-        if self._report is not None and asks:
-            self.check()
-            lengths = self._report.kept().reshape(self.batch_size, -1).sum(1)
-            self.num_tokens, self.max_seqlen = int(lengths.sum()), int(lengths.max())
+        # Few places are run at their full size: products of so few rows take as long as reading the weights does.
+        if num_places and (exact or (mask is not None and num_places > packing.FEW_PLACES)):
+            self._counts = packing.inspect(self._ids)
+            if may_wait:
+                self._report = _Report(self._counts)
+                self.check()
+                lengths = self._report.kept().reshape(self.batch_size, -1).sum(1)
+                self.num_tokens, self.max_seqlen = int(lengths.sum()), int(lengths.max())
 
     def fill(self, inputs: Inputs) -> None:
         """See `Batch`."""
-        self._pack(inputs, inverse=self.inverse)
+        report = self._pack(inputs, inverse=self.inverse)
+        if self._may_wait and self._report is None:
+            self._report = _Report(report)
 
-    def _pack(self, inputs: Inputs, **places: Tensor) -> None:
+    def _pack(self, inputs: Inputs, **places: Tensor) -> Tensor:
         from bert_fast.kernels import packing
 
-        packing.pack(
+        return packing.pack(
             self._ids,
             self._counts,
             inputs.input_ids,
@@ -236,8 +240,16 @@ class PaddedBatch:
             raise _changed()
 
     def to_ragged(self) -> tuple[Ragged, Padding]:
-        """The packed batch and the way back; `exact` must have been asked for."""
-        self.check()
+        """The packed batch and the way back; `exact` must have been asked for.
+
+        Raises:
+            ValueError: the device may not be asked how many tokens the mask keeps.
+        """
+        if not self._may_wait and self._inputs.attention_mask is not None:
+            raise ValueError(
+                "a CUDA graph is being captured, and the host has to know how many tokens attention_mask keeps: "
+                "give the batch without one"
+            )
         num_tokens = self.num_tokens
         inputs = Inputs(Bucket.exact(num_tokens, self.batch_size, self.max_seqlen), self.inverse.device)
         is_full = num_tokens == self.batch_size * self.seq_len

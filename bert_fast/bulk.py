@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from bert_fast.embedder import Embedder, progress_bar
+from bert_fast.transfer import to_host
 
 STDIN = "-"
 
@@ -117,10 +118,11 @@ def embed_file(
         num_texts, num_tokens, num_truncated = 0, 0, 0
         _write_header(file, num_texts, embedder.dimension)
         with progress_bar(None) as progress:
-            for tokens, vectors in embedder.encode_stream(
+            stream = embedder.encode_stream(
                 _chain(first, texts), batch_size=batch_size, normalize_embeddings=normalize, progress=progress.update
-            ):
-                file.write(vectors.cpu().numpy())
+            )
+            for tokens, vectors in to_host(stream):
+                file.write(vectors)
                 num_texts += len(vectors)
                 num_tokens += len(tokens.input_ids)
                 num_truncated += tokens.num_truncated

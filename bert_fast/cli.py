@@ -29,7 +29,10 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or demo (all-MiniLM-L6-v2).")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="the checkpoint's own")]
 Precision = Annotated[
-    str | None, typer.Option(help="What it computes in: fp32, bf16 or int8.", show_default="that of the weights")
+    str | None,
+    typer.Option(
+        help="What it computes in: fp32, bf16, int8 (CPU), fp16, fp8 (GPU).", show_default="that of the weights"
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="a GPU if there is one")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Below 32: smaller runs of the model; above: larger on a GPU.")]

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from bert_fast import __version__, engine, ops
+from bert_fast.engine.gpu import refusal
 from bert_fast.ops import Op, Traits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,6 +42,7 @@ def _machine() -> str:
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
             facts.append((f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"))
+            facts.append(("", f"packed weights in {_gpu_precisions(gpu.name, (gpu.major, gpu.minor))}"))
     else:
         facts.append(("GPU", "none that torch can use"))
     return _section("Machine", facts)
@@ -69,7 +71,7 @@ def _packed() -> str:
     if extension is None:
         return "none: the C++ extension cannot be loaded; the ops run one by one"
     isa = extension.get_isa()
-    runs = {precision: "C++" for precision in engine.PRECISIONS}
+    runs = {precision: "C++" for precision in engine.PRECISIONS["cpu"]}
     if isa not in ("avx512_bf16",):
         runs["bf16"] += " (bfloat16 widened to float: this instruction set cannot multiply it)"
     if isa not in ("avx512_bf16", "avx512_vnni"):
@@ -77,6 +79,13 @@ def _packed() -> str:
     if engine.prefers_torch("bf16"):
         runs["bf16"] = "torch's products, which use the CPU's matrix unit (AMX)"
     return ", ".join(f"{precision} by {how}" for precision, how in runs.items())
+
+
+def _gpu_precisions(name: str, capability: tuple[int, int]) -> str:
+    """What a GPU computes an encoder in, and why not in the rest."""
+    refusals = {precision: refusal(precision, name, capability) for precision in engine.PRECISIONS["cuda"]}
+    runs = ", ".join(precision for precision, reason in refusals.items() if reason is None)
+    return "; ".join([runs, *filter(None, refusals.values())])
 
 
 def _software() -> str:

@@ -45,8 +45,13 @@ _ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash
 def accelerate(model: nn.Module, *, precision: str | None = None, free_originals: bool = False) -> nn.Module:
     """Run a model's BERT on the fused ops, in place.
 
-    On a CPU the first call without gradients packs the weights of the encoder, a copy in the size of the precision, and
-    runs on it from then on; it is packed again when the parameters change.
+    The first call without gradients packs the weights of the encoder, a copy in the size of the precision, and runs on
+    it from then on; it is packed again when the parameters change. On a GPU only what differs from the parameters is
+    copied: the weights of query, key and value, which are joined, and in another precision than their own all of them.
+    There a change goes unnoticed if it is written through `parameter.data`: call `accelerate` again then.
+
+    On a GPU short batches run as CUDA graphs, recorded when their sizes, rounded up to a bucket, come for the second
+    time. While one is recorded, no thread may wait for the whole device (`torch.cuda.synchronize`).
 
     The model keeps its class, signature, outputs, `state_dict` and the very same parameters. Two things differ from
     the plain path: positions that `attention_mask` hides come back as zeros, and the pooler reads the first token that
@@ -56,9 +61,10 @@ def accelerate(model: nn.Module, *, precision: str | None = None, free_originals
     Args:
         model: a transformers `BertModel` or `BertFor*`, or a sentence-transformers `SentenceTransformer` or
             `CrossEncoder` that holds one.
-        precision: of the encoder's products on a CPU: "fp32", exact to rounding; "bf16"; or "int8", which needs no
-            calibration. The results keep the dtype of the parameters. A precision is for inference: without dropout the
-            encoder then gives no gradients. None for that of the parameters, with gradients wherever they are wanted.
+        precision: of the encoder's products: "fp32", exact to rounding; "bf16"; on a CPU "int8"; on a GPU "fp16" and
+            "fp8" (e4m3, from compute capability 8.9 on). The 8-bit ones need no calibration. The results keep the dtype
+            of the parameters. A precision is for inference: without dropout the encoder then gives no gradients. None
+            for that of the parameters, with gradients wherever they are wanted.
         free_originals: with a precision, release the weights that were packed: memory falls to the size of the
             precision. The model can then neither be saved nor trained, nor run anything but the packed weights.
 
@@ -68,12 +74,12 @@ def accelerate(model: nn.Module, *, precision: str | None = None, free_originals
     Raises:
         TypeError: the model is not one of these; the message lists them.
         ValueError: the model is one of these but is set up as something else than an encoder; the precision is unknown,
-            or the model cannot run in it as it is (on a GPU, another dtype or activation, a replaced module).
+            or the model cannot run in it as it is (on this device, another dtype or activation, a replaced module).
     """
-    engine.check_precision(precision, free_originals)
     berts = _berts(model)
     for bert in berts:
         _check_config(bert.config)
+        engine.check_precision(precision, bert.device, free_originals)
     for bert in berts:
         bert.__class__ = _fast_class()
         engine.set_precision(bert, precision, partial(_engine, bert))

@@ -22,6 +22,7 @@ from bert_fast.folders import read_json, resolve
 from bert_fast.loading import build, parse_device, read_config, read_state_dict
 from bert_fast.ops.pooling import MODES
 from bert_fast.tokenization import TokenBatch, Tokenizer
+from bert_fast.transfer import to_device, to_host
 
 #: sentence-transformers' modules that `Embedder` understands, in the order they must stand.
 MODULES = ("Transformer", "Pooling", "Normalize")
@@ -146,9 +147,11 @@ class Embedder:
 
     Args:
         path_or_id: a sentence-transformers folder or a plain BERT checkpoint; a Hub id; or `demo`.
-        device: where the model runs; None for a GPU if there is one.
+        device: where the model runs; None for a GPU if there is one. Several GPUs take a process each, every one with a
+            part of the texts: `device="cuda:1"`, or CUDA_VISIBLE_DEVICES=1 in its environment.
         dtype: of the model's weights; None keeps the checkpoint's own.
-        precision: "fp32", "bf16" or "int8", what the model computes in on a CPU; None for that of the weights.
+        precision: what the model computes in: "fp32", "bf16" or "int8" on a CPU; "fp32", "fp16", "bf16" or "fp8" on a
+            GPU; None for that of the weights.
         free_originals: keep the weights only in that precision; see `accelerate`.
         max_seq_length: the most tokens of a text; None for what the folder says. Longer texts lose their end.
         revision, local_files_only, allow_pickle: as in `from_pretrained`.
@@ -172,11 +175,11 @@ class Embedder:
     ) -> None:
         from bert_fast.modules import BertModel
 
-        engine.check_precision(precision, free_originals)
+        self.device = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        engine.check_precision(precision, self.device, free_originals)
         self.precision = precision
         folder = resolve(path_or_id, revision=revision, local_files_only=local_files_only, allow_pickle=allow_pickle)
         self.recipe = Recipe.read(folder)
-        self.device = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         config = read_config(self.recipe.transformer)
         state = read_state_dict(self.recipe.transformer, allow_pickle=allow_pickle)
         self.model = build(BertModel, config, state, dtype=dtype, device=self.device)
@@ -256,8 +259,8 @@ class Embedder:
                 progress=progress.update,
             )
             rows = RowBuffer(total or 0, truncate_dim or self.dimension)
-            for tokens, vectors in stream:
-                rows.append(vectors.cpu().numpy())
+            for tokens, vectors in to_host(stream):
+                rows.append(vectors)
                 num_truncated += tokens.num_truncated
         if num_truncated:
             of = f"{num_truncated} of {len(rows)} texts have more than {self.max_seq_length} tokens and were cut"
@@ -282,12 +285,13 @@ class Embedder:
         """The vectors of `encode`, in order and in pieces of up to some thousand texts, beside their tokens.
 
         Texts are read in the caller's thread, up to two pieces ahead. Another thread tokenises the next piece while the
-        model computes the present one; it ends with the iterator, also when that is closed early.
+        model computes the present one; it ends with the iterator, also when that is closed early. On a GPU the vectors
+        are still being computed when they come: whoever copies them waits, unless it is done by `to_host`.
 
         Args:
             sentences: any iterable of texts.
             prompt_name, prompt, batch_size, normalize_embeddings, truncate_dim: as in `encode`.
-            progress: called after each run of the model with the number of its texts.
+            progress: called after each run of the model, on a GPU when it is queued, with the number of its texts.
 
         Yields:
             The tokens of some texts, and float32 (num_texts, dimension) on the model's device.
@@ -320,21 +324,24 @@ class Embedder:
                     yield tokens, run(tokens)
                     continue
                 vectors = torch.cat([run(tokens.select(batch)) for batch in batches])
-                yield tokens, vectors[torch.from_numpy(np.argsort(np.concatenate(batches))).to(self.device)]
+                yield tokens, vectors[to_device(torch.from_numpy(np.argsort(np.concatenate(batches))), self.device)]
 
         return stream()
 
     @torch.inference_mode()
     def embed(self, tokens: TokenBatch, prompt_length: int = 0) -> Tensor:
         """Vectors of tokens: float32 (batch_size, dimension), pooled without the first `prompt_length` of each text."""
-        ragged = tokens.to_ragged(self.device)
+        ragged = tokens.to_ragged()
         packed = self.model.engine()
         if packed is not None and not prompt_length:
             return packed.vectors(ragged, self.recipe.pooling_modes, self.recipe.normalize)
-        rows, cu_seqlens = self.model.encode(ragged), ragged.cu_seqlens
+        rows = self.model.encode(tokens.to_ragged(self.device) if packed is None else ragged)
+        cu_seqlens = ragged.cu_seqlens
         if prompt_length:
-            rows = rows[ragged.position_ids >= prompt_length]
+            kept = (ragged.position_ids >= prompt_length).nonzero()[:, 0]
+            rows = rows[to_device(kept, self.device)]
             cu_seqlens = F.pad((cu_seqlens.diff() - prompt_length).clamp(min=0).cumsum(0), (1, 0)).to(torch.int32)
+        cu_seqlens = to_device(cu_seqlens, self.device)
         pooled = [ops.pooling(rows, cu_seqlens, mode=mode).float() for mode in self.recipe.pooling_modes]
         vectors = torch.cat(pooled, dim=1)
         return F.normalize(vectors, dim=1) if self.recipe.normalize else vectors

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bert_fast.checks import ids_in_range
 from bert_fast.config import BertConfig
-from bert_fast.ragged import Padding, Ragged, keep_mask, pack
+from bert_fast.ragged import Padding, Ragged, check_mask, pack
 
 
 class TableSizes(NamedTuple):
@@ -61,37 +61,56 @@ class BertInputs:
 
     def checked(self, config: BertConfig | TableSizes) -> Batch:
         """The batch they describe; ValueError for what cannot be one."""
-        given = self.inputs_embeds if self.input_ids is None else self.input_ids
-        if given is None or (self.input_ids is not None and self.inputs_embeds is not None):
+        tokens, types, positions = self.placed(config)
+        for name, ids, size in (
+            ("input_ids", None if self.input_ids is None else tokens, config.vocab_size),
+            ("token_type_ids", types, config.type_vocab_size),
+            ("position_ids", positions, config.max_position_embeddings),
+        ):
+            if ids is not None:
+                ids_in_range(name, ids, size)
+        shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
+        cu_seqlens, longest = self.cu_seq_lens_q, shape[1]
+        if cu_seqlens is not None:
+            lengths = _packed_lengths(cu_seqlens, shape)
+            cu_seqlens, longest = cu_seqlens.to(torch.int32), max(lengths, default=0)
+            if positions is None:
+                columns = [torch.arange(n, device=device) for n in lengths]
+                positions = torch.cat(columns)[None] if columns else torch.zeros_like(tokens)
+                _check_length(longest, config)
+        keep = None if self.attention_mask is None else self.attention_mask != 0
+        return Batch(tokens, keep, types, positions, cu_seqlens, longest)
+
+    def placed(self, config: BertConfig | TableSizes) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The tokens, token types and positions, each (batch_size, seq_len), checked in all but their values.
+
+        Tokens are word vectors if such were given; types and positions are None if not given.
+
+        Raises:
+            ValueError: shapes, dtypes or devices do not match, or a sequence is too long.
+        """
+        tokens = self.inputs_embeds if self.input_ids is None else self.input_ids
+        if tokens is None or (self.input_ids is not None and self.inputs_embeds is not None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        if self.inputs_embeds is not None:
-            if given.dim() != 3 or given.shape[2] != config.hidden_size:
-                wanted = f"(batch_size, seq_len, {config.hidden_size})"
-                raise ValueError(f"inputs_embeds has shape {tuple(given.shape)}, expected {wanted}")
-        else:
-            _check_ids("input_ids", given, None, config.vocab_size)
-        shape, device = (given.shape[0], given.shape[1]), given.device
-        token_type_ids = _rows("token_type_ids", self.token_type_ids, shape, config.type_vocab_size)
-        position_ids = _rows("position_ids", self.position_ids, shape, config.max_position_embeddings)
+        if self.inputs_embeds is None:
+            _check_form("input_ids", tokens, None)
+        elif tokens.dim() != 3 or tokens.shape[2] != config.hidden_size:
+            wanted = f"(batch_size, seq_len, {config.hidden_size})"
+            raise ValueError(f"inputs_embeds has shape {tuple(tokens.shape)}, expected {wanted}")
+        shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
+        types = _rows("token_type_ids", self.token_type_ids, shape)
+        positions = _rows("position_ids", self.position_ids, shape)
         for name in ("attention_mask", "token_type_ids", "position_ids", "cu_seq_lens_q"):
             tensor = getattr(self, name)
             if tensor is not None and tensor.device != device:
                 raise ValueError(f"{name} is on {tensor.device} but the tokens are on {device}")
-        cu_seqlens, longest = self.cu_seq_lens_q, shape[1]
-        if cu_seqlens is not None:
-            if self.attention_mask is not None:
+        if self.attention_mask is not None:
+            if self.cu_seq_lens_q is not None:
                 raise ValueError("attention_mask and cu_seq_lens_q are both given, expected one of them")
-            lengths = _packed_lengths(cu_seqlens, shape)
-            cu_seqlens, longest = cu_seqlens.to(torch.int32), max(lengths, default=0)
-            if position_ids is None:
-                positions = [torch.arange(n, device=device) for n in lengths]
-                position_ids = torch.cat(positions)[None] if positions else torch.zeros_like(given)
-        if self.position_ids is None and longest > config.max_position_embeddings:
-            raise ValueError(
-                f"a sequence has {longest} tokens, more than max_position_embeddings {config.max_position_embeddings}"
-            )
-        keep = None if self.attention_mask is None else keep_mask(self.attention_mask, *shape)
-        return Batch(given, keep, token_type_ids, position_ids, cu_seqlens, longest)
+            check_mask(self.attention_mask, *shape)
+        if positions is None and self.cu_seq_lens_q is None:
+            _check_length(shape[1], config)
+        return tokens, types, positions
 
 
 @dataclass(frozen=True)
@@ -173,22 +192,28 @@ class Batch:
         return ragged, Padding(1, self.tokens.shape[1], None)
 
 
-def _rows(name: str, ids: Tensor | None, shape: tuple[int, int], size: int) -> Tensor | None:
-    """The ids as (batch_size, seq_len), checked; one row of them serves every row of the batch."""
+def _rows(name: str, ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """The ids as (batch_size, seq_len); one row of them serves every row of the batch."""
     if ids is None:
         return None
     if ids.shape in (shape[1:], (1, shape[1])):
         ids = ids.expand(shape)
-    _check_ids(name, ids, shape, size)
+    _check_form(name, ids, shape)
     return ids
 
 
-def _check_ids(name: str, ids: Tensor, shape: tuple[int, int] | None, size: int) -> None:
+def _check_form(name: str, ids: Tensor, shape: tuple[int, int] | None) -> None:
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} is {ids.dtype}, expected int64 or int32")
     if ids.dim() != 2 or (shape is not None and ids.shape != shape):
         raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected {shape or '(batch_size, seq_len)'}")
-    ids_in_range(name, ids, size)
+
+
+def _check_length(longest: int, config: BertConfig | TableSizes) -> None:
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"a sequence has {longest} tokens, more than max_position_embeddings {config.max_position_embeddings}"
+        )
 
 
 @torch.compiler.disable

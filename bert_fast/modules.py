@@ -93,7 +93,7 @@ class BertModel(Pretrained, reference.BertModel):
         return encode(self, ragged, self.config.hidden_act, self.config.num_attention_heads, hidden_states)
 
     def engine(self) -> engine.Engine | None:
-        """The C++ encoder over packed weights that runs the model as it is now, or None; see `engine.serving`."""
+        """The encoder over packed weights that runs the model as it is now, or None; see `engine.serving`."""
         return engine.serving(self, self.config.hidden_act, self.config.num_attention_heads, self._obstacle)
 
     def encode_batch(self, inputs: BertInputs) -> Encoded:
@@ -105,14 +105,16 @@ class BertModel(Pretrained, reference.BertModel):
         if packed is None and (reason := self._obstacle()):
             ops.warn_of_fallback(f"the plain definition runs instead of the fast one: {reason}")
             return super().encode_batch(inputs)
-        batch = inputs.checked(self.config)
-        ragged, padding = batch.to_ragged()
+        if packed is None:
+            ragged, padding = inputs.checked(self.config).to_ragged()
+        else:
+            ragged, padding = packed.pack(inputs)
         hidden_states: list[Tensor] | None = [] if inputs.output_hidden_states else None
         rows = self._encode(packed, ragged, hidden_states)
         return Encoded(
             rows=rows,
             pad=padding.pad,
-            keep=batch.mask,
+            keep=None if inputs.attention_mask is None else inputs.attention_mask != 0,
             pooler_output=None if self.pooler is None else self.pooler(first_tokens(rows, ragged)),
             hidden_states=None if hidden_states is None else tuple(padding.pad(state) for state in hidden_states),
         )

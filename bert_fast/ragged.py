@@ -79,13 +79,12 @@ class Padding:
         return flat.index_copy(0, self.indices, rows).view(shape)
 
 
-def keep_mask(attention_mask: Tensor, batch_size: int, seq_len: int) -> Tensor:
-    """A caller's mask as bool (batch_size, seq_len), True where a token is; ValueError for another shape."""
+def check_mask(attention_mask: Tensor, batch_size: int, seq_len: int) -> None:
+    """ValueError for a mask that is not (batch_size, seq_len)."""
     if attention_mask.shape != (batch_size, seq_len):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(batch_size, seq_len)} as input_ids has"
         )
-    return attention_mask != 0
 
 
 @torch.compiler.disable
@@ -108,7 +107,9 @@ def pack(
     """
     batch_size, seq_len = input_ids.shape
     device = input_ids.device
-    keep = None if attention_mask is None else keep_mask(attention_mask, batch_size, seq_len)
+    if attention_mask is not None:
+        check_mask(attention_mask, batch_size, seq_len)
+    keep = None if attention_mask is None else attention_mask != 0
     if keep is None or bool(keep.all()):
         cu_seqlens = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * seq_len
         padding, max_seqlen = Padding(batch_size, seq_len, None), seq_len

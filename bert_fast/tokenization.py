@@ -68,10 +68,16 @@ class TokenBatch:
 
         from bert_fast.ragged import Ragged
 
-        ids, lengths, types = (
-            torch.from_numpy(array).to(device) for array in (self.input_ids, self.lengths, self.token_type_ids)
+        cu_seqlens = np.zeros(len(self.lengths) + 1, np.int32)
+        np.cumsum(self.lengths, out=cu_seqlens[1:])
+        positions = np.arange(len(self.input_ids)) - np.repeat(cu_seqlens[:-1], self.lengths)
+        return Ragged(
+            input_ids=torch.from_numpy(self.input_ids).to(device),
+            position_ids=torch.from_numpy(positions).to(device),
+            token_type_ids=torch.from_numpy(self.token_type_ids).to(device),
+            cu_seqlens=torch.from_numpy(cu_seqlens).to(device),
+            max_seqlen=int(self.lengths.max(initial=0)),
         )
-        return Ragged.from_lengths(ids, lengths, types)
 
 
 class Tokenizer:

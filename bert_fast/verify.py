@@ -23,8 +23,11 @@ from bert_fast.tokenization import TokenBatch
 #: the two round in another order, and neither order is the better one.
 FACTOR = 2.0
 
-#: Bound on the relative error of every layer in int8.
-MAX_INT8_ERROR = 0.06
+#: Bounds on the relative error of every layer in 8 bits, where the plain model's error says nothing.
+MAX_ERRORS = {"int8": 0.06, "fp8": 0.1}
+
+#: The dtype of the plain model that stands beside a precision; that of the weights beside any other.
+PLAIN_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.bfloat16, "fp8": torch.bfloat16}
 
 #: How many of the shipped sentences are used when the caller gives no texts.
 NUM_SENTENCES = 64
@@ -153,8 +156,8 @@ def verify(
         texts: what to run; None for a sample of the shipped sentences.
         dtype: of the fast model, and of the plain one whose errors stand beside; None for the checkpoint's own. The
             weights are rounded to it first, so that only the arithmetic is compared.
-        precision: as `Embedder` takes it. Beside bf16 stands the plain model in bfloat16, and so it does beside int8,
-            whose relative error has a bound of its own, `MAX_INT8_ERROR`.
+        precision: as `Embedder` takes it. Beside bf16 stands the plain model in bfloat16, and so it does beside int8
+            and fp8, whose relative errors have bounds of their own, `MAX_ERRORS`.
         device: None for a GPU if there is one.
 
     Returns:
@@ -171,12 +174,12 @@ def verify(
     embedder = Embedder(path_or_id, dtype=dtype, precision=precision, device=device)
     fast, config = embedder.model, embedder.model.config
     weights = fast.state_dict()
-    dtype = next(fast.parameters()).dtype if precision in (None, "fp32") else torch.bfloat16
+    dtype = PLAIN_DTYPES.get(precision or "", next(fast.parameters()).dtype)
     plain = build(reference.BertModel, config, weights, dtype=dtype, device=embedder.device)
     truth = build(reference.BertModel, config, weights, dtype=torch.float64, device=embedder.device)
 
     names = ["embeddings", *(f"layer {i}" for i in range(1, config.num_hidden_layers + 1)), "sentence vector"]
-    limit = MAX_INT8_ERROR if precision == "int8" else None
+    limit = MAX_ERRORS.get(precision or "")
     stages = [Stage(name, dtype, limit=limit) for name in names]
     texts, num_tokens = sorted(texts, key=len), 0
     for start in range(0, len(texts), BATCH_SIZE):

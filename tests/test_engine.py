@@ -14,11 +14,13 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import bert_fast
 from bert_fast import engine, ops
-from bert_fast.engine import PRECISIONS, PackedEngine, TorchEngine
+from bert_fast.engine import PackedEngine, TorchEngine
 from bert_fast.inputs import BertInputs
 from bert_fast.ragged import Ragged
 
 pytestmark = pytest.mark.skipif(ops.extension() is None, reason="the C++ extension is not built")
+
+PRECISIONS = engine.PRECISIONS["cpu"]
 
 #: Bounds on the relative error of the last hidden state of a small random model, about twice what is seen.
 MAX_ERROR = {"fp32": 2e-6, "bf16": 2e-2, "int8": 5e-2}
@@ -304,7 +306,12 @@ def test_a_table_that_a_head_shares_is_not_released():
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (lambda: make(), {"precision": "fp8"}, "precision is 'fp8', expected one of fp32, bf16, int8"),
+        (
+            lambda: make(),
+            {"precision": "fp8"},
+            "precision is 'fp8', expected one of fp32, bf16, int8 on cpu; it runs on cuda",
+        ),
+        (lambda: make(), {"precision": "int4"}, "precision is 'int4', expected one of fp32, bf16, int8 on cpu$"),
         (lambda: make(), {"free_originals": True}, "free_originals is True without a precision"),
         (
             lambda: make(hidden_act="silu"),

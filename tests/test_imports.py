@@ -24,13 +24,13 @@ ALLOWED = {
     "reference": LIGHT | {"heads"},
     "ops": {"kernels", "_C", "ops", "checks"},
     "encoder": LIGHT | {"ops"},
-    "engine": LIGHT | {"encoder", "ops", "_C"},
+    "engine": LIGHT | {"encoder", "engine", "kernels", "ops", "_C"},
     "modules": LIGHT | {"encoder", "engine"} | {"heads", "reference", "ops", "loading"},
     "drop_in": LIGHT | {"encoder", "engine", "modules", "ops"},
 }
 ABOVE = {
-    "__init__", "loading", "tokenization", "batching", "embedder", "bulk", "verify", "timing", "benchmarking", "info",
-    "doctor", "demo", "cli",
+    "__init__", "loading", "tokenization", "batching", "transfer", "embedder", "bulk", "verify", "timing",
+    "benchmarking", "info", "doctor", "demo", "cli",
 }  # fmt: skip
 #: Imported only inside functions, by whoever imports them.
 LAZY = {"kernels", "_C", "loading", "transformers", "triton", "sentence_transformers", "matplotlib"}

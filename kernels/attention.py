@@ -16,9 +16,9 @@ from torch import Tensor
 
 from bert_fast.kernels.attention_schedule import attention_schedule, bounds, schedule_size
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(1.4426950408889634)
 # Start of a running maximum: finite, so that exp2(-inf - maximum) is 0 in a block where every key is hidden.
-_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def scores_of(q, k, bias_tile, is_query, is_key, scale_log2):
     factor = scale_log2
     if bias_tile is not None:
         bias = tl.load(bias_tile, mask=is_query[:, None] & is_key[None, :], other=0.0).to(tl.float32)
-        scores = scores * scale_log2 + bias * _LOG2_E
+        scores = scores * scale_log2 + bias * LOG2_E
         factor = 1.0
     return scores, factor
 
@@ -76,7 +76,7 @@ def _whole_row(
     scores, factor = scores_of(q, k, bias_tile, is_query, is_key, scale_log2)
     if mask_ptr is not None or seq_len < BLOCK_N:
         scores = tl.where(is_key[None, :], scores, float("-inf"))
-    row_max = tl.maximum(tl.max(scores, axis=1) * factor, _LOWEST)
+    row_max = tl.maximum(tl.max(scores, axis=1) * factor, LOWEST)
     probabilities = tl.exp2(tl.fma(scores, factor, -row_max[:, None]))
     return tl.dot(probabilities.to(v.dtype), v, input_precision="ieee"), tl.sum(probabilities, axis=1)
 
@@ -108,7 +108,7 @@ def _online(
     bias_tile = None if bias_ptr is None else pointers(bias_ptr, queries, bias_strides[0], block, bias_strides[1])
     acc = tl.zeros(q.shape, tl.float32)
     row_sum = tl.zeros(queries.shape, tl.float32)
-    row_max = tl.full(queries.shape, _LOWEST, tl.float32)
+    row_max = tl.full(queries.shape, LOWEST, tl.float32)
     for first_key in range(0, seq_len, BLOCK_N):
         first_row = tl.full((), first_key, tl.int64)
         is_key = first_key + block < seq_len
@@ -223,19 +223,24 @@ def has_matrix_units(device: torch.device) -> bool:
 
 
 def config(q: Tensor, max_seqlen: int) -> dict[str, Any]:
-    """Tile sizes, warps and pipeline stages for q (..., head_dim)."""
+    """Tile sizes, form of the softmax, warps and pipeline stages for q (..., head_dim)."""
     block_d = max(16, triton.next_power_of_2(q.shape[-1]))
     if q.dtype != torch.float32 and has_matrix_units(q.device):
         sizes = _matrix_config(block_d, max_seqlen)
-    elif block_d <= 128:  # operands are in registers too
-        sizes = (64 if block_d <= 64 else 32, 32, False, 8, 1)
-    else:
-        sizes = (16, 32, False, 8, 1)
+    else:  # products element by element, their operands in registers: small tiles, many warps
+        sizes = ({32: 64, 64: 64, 128: 32, 256: 16}.get(block_d, 64), 32, False, 8, 1)
     names = ("BLOCK_M", "BLOCK_N", "WHOLE_ROW", "num_warps", "num_stages")
     return {"BLOCK_D": block_d, **dict(zip(names, sizes, strict=True))}
 
 
 def _matrix_config(block_d: int, max_seqlen: int) -> tuple[int, int, bool, int, int]:
+    """The largest tiles that every GPU from sm_80 keeps in registers and in 99 KiB of shared memory.
+
+    A multiprocessor of an H200 takes, at head_dim 64, L^2 / 16 cycles for the products of a sequence of L tokens and
+    as many for its exponentials, but 28 L for its 512 bytes a token from memory, which is more below L = 450. So short
+    sequences have small programs, four to a multiprocessor (at most 128 registers a thread): some load while others
+    compute. For long ones what counts is that 128 queries read each key and value half as often as 64 do.
+    """
     if max_seqlen <= 64 and block_d <= 128:
         return 64, 64, True, 4, 1
     if max_seqlen <= 128 and block_d <= 128:
@@ -243,6 +248,11 @@ def _matrix_config(block_d: int, max_seqlen: int) -> tuple[int, int, bool, int, 
     if block_d <= 64:
         return 128, 64, False, 8, 3
     return (128, 64, False, 8, 2) if block_d == 128 else (64, 32, False, 8, 2)
+
+
+def positive_scale(scale: float) -> tuple[int, float]:
+    """A sign for q, and a positive factor of the scores, whose maximum can be taken before they are scaled."""
+    return (scale > 0) - (scale < 0), abs(scale) or 1.0
 
 
 def schedule(q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor | None:
@@ -311,6 +321,7 @@ def attention(
         programs = num_tiles * heads
     if out.numel() == 0 or programs == 0:
         return out
+    sign, scale = positive_scale(scale)
     strides = [s for t in (q, k, v) for s in (t.stride() if cu_seqlens is None else (0, *t.stride()))]
     with torch.cuda.device_of(q):
         _attention_kernel[(programs,)](
@@ -326,10 +337,10 @@ def attention(
             num_tiles,
             max_seqlen,
             heads,
-            abs(scale or 1.0) * _LOG2_E.value,
+            scale * LOG2_E.value,
             *strides,
             *((0, 0, 0) if bias is None else bias.stride()),
-            SIGN=(scale > 0) - (scale < 0),
+            SIGN=sign,
             HEAD_DIM=head_dim,
             **sizes,
         )

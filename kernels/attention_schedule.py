@@ -1,4 +1,4 @@
-"""Which tile of queries each program of attention takes: only tiles that there are, those of the longest sequences first.
+"""Which tile of queries each program of attention takes: those that there are, of the longest sequences first.
 
 Without a schedule there is a program for every tile that the longest sequence has, in every sequence: in a batch of
 mixed lengths most of them find nothing to do, and one that starts late with a long sequence keeps the GPU waiting.
@@ -55,7 +55,7 @@ def _schedule_kernel(
 
 
 def schedule_size(batch_size: int, num_tokens: int, max_seqlen: int, block_m: int) -> int:
-    """The most tiles of `block_m` queries that so many sequences of so many tokens can have, without looking at them."""
+    """The most tiles of `block_m` queries that sequences can have, by their number and that of their tokens."""
     return min(batch_size * triton.cdiv(max_seqlen, block_m), num_tokens // block_m + batch_size)
 
 

@@ -228,7 +228,7 @@ def config(q: Tensor, max_seqlen: int) -> dict[str, Any]:
     if q.dtype != torch.float32 and has_matrix_units(q.device):
         sizes = _matrix_config(block_d, max_seqlen)
     else:  # products element by element, their operands in registers: small tiles, many warps
-        sizes = ({32: 64, 64: 64, 128: 32, 256: 16}.get(block_d, 64), 32, False, 8, 1)
+        sizes = ({64: 64, 256: 16}.get(block_d, 32), 32, False, 8, 1)
     names = ("BLOCK_M", "BLOCK_N", "WHOLE_ROW", "num_warps", "num_stages")
     return {"BLOCK_D": block_d, **dict(zip(names, sizes, strict=True))}
 
@@ -247,7 +247,7 @@ def _matrix_config(block_d: int, max_seqlen: int) -> tuple[int, int, bool, int, 
         return 64, 128, True, 4, 1
     if block_d <= 64:
         return 128, 64, False, 8, 3
-    return (128, 64, False, 8, 2) if block_d == 128 else (64, 32, False, 8, 2)
+    return 128 if block_d == 128 else 64, 32, False, 8, 2
 
 
 def positive_scale(scale: float) -> tuple[int, float]:

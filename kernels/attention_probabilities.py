@@ -102,7 +102,7 @@ def attention_probabilities(
     """
     batch_size, head_dim = cu_seqlens.shape[0] - 1, q.shape[-1]
     out = q.new_empty((batch_size, len(heads), max_seqlen, max_seqlen))
-    sizes = {**config(q, max_seqlen), "num_stages": 1}
+    sizes = {**config(q, max_seqlen), "BLOCK_N": 32, "num_stages": 1}  # two loops, each with its operands in registers
     del sizes["WHOLE_ROW"]
     num_tiles = triton.cdiv(max_seqlen, sizes["BLOCK_M"])
     if out.numel() == 0:

@@ -159,7 +159,7 @@ def _triton_limits(traits: Traits) -> str | None:
 OP = Op(
     "attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, SymInt max_seqlen, Tensor? attention_mask, float scale,"
-    " float dropout_p, Tensor? bias=None, Tensor? schedule=None) -> Tensor",
+    " float dropout_p, Tensor? bias, Tensor? schedule) -> Tensor",
     reference=reference,
     fake=fake,
     check=check,
@@ -167,9 +167,7 @@ OP = Op(
         Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton, _triton_limits),
         Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, _cpp_limits, validates=True),
     ),
-    traits=lambda *args: Traits(
-        head_dim=args[0].shape[-1], dropout=args[7] > 0, bias=len(args) > 8 and args[8] is not None
-    ),
+    traits=lambda *args: Traits(head_dim=args[0].shape[-1], dropout=args[7] > 0, bias=args[8] is not None),
 )
 
 

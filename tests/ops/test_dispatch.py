@@ -231,11 +231,11 @@ def calls() -> dict[str, tuple[Op, list[Any]]]:
         "pooling": (POOLING, [randn(8, 6), cu_seqlens, "mean"]),
         "attention, ragged": (
             ATTENTION,
-            [randn(8, 2, 4), randn(8, 2, 4), randn(8, 2, 4), cu_seqlens, 5, None, 0.5, 0.0],
+            [randn(8, 2, 4), randn(8, 2, 4), randn(8, 2, 4), cu_seqlens, 5, None, 0.5, 0.0, None, None],
         ),
         "attention, masked": (
             ATTENTION,
-            [randn(2, 4, 2, 4), randn(2, 4, 2, 4), randn(2, 4, 2, 4), None, 4, mask, 0.5, 0.0],
+            [randn(2, 4, 2, 4), randn(2, 4, 2, 4), randn(2, 4, 2, 4), None, 4, mask, 0.5, 0.0, None, None],
         ),
         "attention, with a bias": (
             ATTENTION,
@@ -263,7 +263,7 @@ PUBLIC: dict[str, Callable[..., Tensor]] = {
     "residual_layer_norm": lambda *args: ops.residual_layer_norm(*args[:5], eps=args[5], dropout_p=args[6]),
     "embedding_layer_norm": lambda *args: ops.embedding_layer_norm(*args[:8], eps=args[8], dropout_p=args[9]),
     "pooling": lambda hidden, cu_seqlens, mode: ops.pooling(hidden, cu_seqlens, mode=mode),
-    "attention": lambda q, k, v, cu_seqlens, max_seqlen, mask, scale, dropout_p, *bias: ops.attention(
+    "attention": lambda q, k, v, cu_seqlens, max_seqlen, mask, scale, dropout_p, bias, schedule: ops.attention(
         q,
         k,
         v,
@@ -272,7 +272,8 @@ PUBLIC: dict[str, Callable[..., Tensor]] = {
         attention_mask=mask,
         scale=scale,
         dropout_p=dropout_p,
-        bias=bias[0] if bias else None,
+        bias=bias,
+        schedule=schedule,
     ),
     "attention_probabilities": lambda q, k, cu_seqlens, max_seqlen, heads, scale, bias: ops.attention_probabilities(
         q, k, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, heads=heads, scale=scale, bias=bias

@@ -243,7 +243,7 @@ def _matrix_config(block_d: int, max_seqlen: int) -> tuple[int, int, bool, int, 
     """
     if max_seqlen <= 64 and block_d <= 128:
         return 64, 64, True, 4, 1
-    if max_seqlen <= 128 and block_d <= 128:
+    if max_seqlen <= 128 and block_d <= 64:
         return 64, 128, True, 4, 1
     if block_d <= 64:
         return 128, 64, False, 8, 3

@@ -142,8 +142,7 @@ def _load_cpp() -> Callable[..., Tensor]:
     from bert_fast import _C
 
     def attention(*args: Any, out: Tensor | None = None) -> Tensor:
-        *arguments, _, _ = args  # no bias, which it refuses; a schedule is for GPUs
-        return _C.attention(*arguments, out)
+        return _C.attention(*args[:8], out=out)  # without bias, which it refuses, and schedule, which is for GPUs
 
     return attention
 

@@ -141,8 +141,10 @@ def _load_triton() -> Callable[..., Tensor]:
 def _load_cpp() -> Callable[..., Tensor]:
     from bert_fast import _C
 
+    run: Callable[..., Tensor] = _C.attention
+
     def attention(*args: Any, out: Tensor | None = None) -> Tensor:
-        return _C.attention(*args[:8], out=out)  # without bias, which it refuses, and schedule, which is for GPUs
+        return run(*args[:8], out=out)  # without bias, which it refuses, and schedule, which is for GPUs
 
     return attention
 

@@ -1,20 +1,26 @@
-"""Compile the Triton kernels for a GPU that is not there: `python compile_kernels.py COMPUTE_CAPABILITY [--sweep]`.
+"""Compile the Triton kernels for GPUs that are not there.
+
+    python tests/compile_kernels.py COMPUTE_CAPABILITY [--sweep]   a JSON object a line: what was compiled, into what
+    python tests/compile_kernels.py --write                        all of them, kept in benchmarks/results/compile.json
 
 The launchers run on CPU tensors, so that each kernel is compiled with the very specialisation (constants, divisibility
-of pointers and strides, warps, stages) that they would launch; only the launch itself is left out. One JSON object a
-line: what was compiled, and what the compiler made of it.
+of pointers and strides, warps, stages) that they would launch; only the launch itself is left out.
+
+A new kernel needs a function here, of its launcher's name, that makes the launcher's arguments, and lines in `cases`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +30,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+#: sm_75 (Turing), sm_80 (Ampere; Ada runs it too), sm_90 (Hopper), sm_100 (Blackwell).
+COMPUTE_CAPABILITIES = (75, 80, 90, 100)
+
+#: What is kept of every case, by `key`.
+COUNTS = ("registers", "spilled_bytes", "shared_bytes")
+KEPT = Path(__file__).parent.parent / "benchmarks" / "results" / "compile.json"
 
 NUM_TOKENS, MODES = 512, ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean")
 
@@ -38,7 +51,7 @@ class AbsentGpu:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target.arch  # Triton keeps what it compiled by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -65,37 +78,63 @@ def pooling(dtype: torch.dtype, mode: str) -> list[Any]:
 
 def attention(dtype: torch.dtype, form: str, head_dim: int, seq_len: int) -> list[Any]:
     qkv: list[Tensor] = list(torch.empty(NUM_TOKENS, 3, 12, head_dim, dtype=dtype).unbind(1))
-    if form == "ragged":
-        cu_seqlens = torch.arange(0, NUM_TOKENS + 1, seq_len, dtype=torch.int32)
-        return [*qkv, cu_seqlens, seq_len, None, head_dim**-0.5, 0.0]
-    qkv = [t.unflatten(0, (-1, seq_len)) for t in qkv]
-    mask = torch.ones(qkv[0].shape[:2], dtype=torch.bool) if form == "masked" else None
-    return [*qkv, None, seq_len, mask, head_dim**-0.5, 0.0]
+    last = [head_dim**-0.5, 0.0]
+    if form in ("padded", "masked"):
+        qkv = [t.unflatten(0, (-1, seq_len)) for t in qkv]
+        mask = torch.ones(qkv[0].shape[:2], dtype=torch.bool) if form == "masked" else None
+        return [*qkv, None, seq_len, mask, *last]
+    cu_seqlens = torch.arange(0, NUM_TOKENS + 1, seq_len, dtype=torch.int32)
+    bias = torch.empty(12, seq_len, seq_len, dtype=dtype) if form == "biased" else None
+    schedule = None
+    if form == "scheduled":
+        module = importlib.import_module("bert_fast.kernels.attention")
+        block_m, size = module.config(qkv[0], seq_len)["BLOCK_M"], module.schedule_size
+        tiles = size(len(cu_seqlens) - 1, NUM_TOKENS, seq_len, block_m)
+        schedule = torch.zeros(3, tiles, dtype=torch.int32)
+    return [*qkv, cu_seqlens, seq_len, None, *last, bias, schedule]
+
+
+def attention_schedule(dtype: torch.dtype, block_m: int) -> list[Any]:
+    return [torch.tensor([0, NUM_TOKENS], dtype=torch.int32), NUM_TOKENS, NUM_TOKENS, block_m]
+
+
+def attention_probabilities(dtype: torch.dtype, form: str, head_dim: int, seq_len: int) -> list[Any]:
+    q, k, _, cu_seqlens, _, _, scale, _, bias, _ = attention(dtype, form, head_dim, seq_len)
+    return [q, k, cu_seqlens, seq_len, [1], scale, bias]
 
 
 def cases(dtypes: list[torch.dtype], sweep: bool) -> Iterator[tuple[Any, ...]]:
-    """Function above that makes the arguments, dtype, and the rest of its arguments."""
-    for dtype in dtypes:
-        if sweep:
+    """Function above that makes the arguments, dtype, and the rest of its arguments.
+
+    With `sweep` every shape of tile, else what BERT-base runs.
+    """
+    half, heads = torch.float16, ((d, n) for d in (16, 32, 64, 128, 256) for n in (64, 128, 512))
+    if sweep:
+        for dtype in dtypes:
             yield from ((bias_gelu, dtype, approximate) for approximate in ("none", "tanh"))
             yield from ((op, dtype, n) for op in (residual_layer_norm, embedding_layer_norm) for n in (384, 1024, 9000))
             yield from ((pooling, dtype, mode) for mode in MODES)
-            for form in ("ragged", "masked"):
-                yield from ((attention, dtype, form, d, n) for d in (16, 24, 64, 128, 256) for n in (64, 512))
-        else:
-            yield from [
-                (bias_gelu, dtype, "none"),
-                (residual_layer_norm, dtype, 768),
-                (attention, dtype, "ragged", 64, 512),
-            ]
-    if not sweep:
-        half = torch.float16
-        yield from [(bias_gelu, half, "tanh"), (embedding_layer_norm, half, 768), (pooling, half, "max")]
-        yield from [
-            (pooling, half, "weightedmean"),
-            (attention, half, "masked", 32, 512),
-            (attention, half, "ragged", 32, 64),
-        ]
+        for dtype, (head_dim, seq_len) in itertools.product(dtypes, heads):
+            yield from ((attention, dtype, form, head_dim, seq_len) for form in ("scheduled", "masked", "biased"))
+            if seq_len != 128:  # its tiles are those of attention, of the shortest and of the longest sequences
+                yield attention_probabilities, dtype, "biased", head_dim, seq_len
+        return
+    for dtype in dtypes:
+        yield from [(bias_gelu, dtype, "none"), (residual_layer_norm, dtype, 768)]
+        yield from ((attention, dtype, "ragged", 64, seq_len) for seq_len in (64, 128, 512))
+    yield from [(bias_gelu, half, "tanh"), (embedding_layer_norm, half, 768), (pooling, half, "max")]
+    yield from [
+        (pooling, half, "weightedmean"),
+        (attention, half, "masked", 32, 512),
+        (attention, half, "ragged", 32, 128),
+        (attention_schedule, half, 128),
+        (attention_probabilities, half, "ragged", 64, 512),
+    ]
+
+
+def key(row: dict[str, Any]) -> str:
+    """The name of a case in compile.json."""
+    return " ".join(map(str, [row["op"], row["dtype"], *row["options"]]))
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -109,26 +148,35 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "spilled_bytes": found["STACK"] + found["LOCAL"]}
 
 
-def main(compute_capability: int, sweep: bool) -> None:
-    """Compile every case and print what came of it."""
-    driver.set_active(AbsentGpu(compute_capability))
-    launch, compiled = JITFunction.run, []
+@contextmanager
+def compiling_only(compiled: list[Any]) -> Iterator[None]:
+    """Launches append what they compiled, and launch nothing."""
+    launch = JITFunction.run
 
     @functools.wraps(launch)
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         compiled.append(launch(self, *args, grid=grid, warmup=True, **options))
 
     JITFunction.run = compile_only
+    yield
+    JITFunction.run = launch
+
+
+def compile_cases(compute_capability: int, sweep: bool) -> Iterator[dict[str, Any]]:
+    """What the compiler made of every case."""
+    driver.set_active(AbsentGpu(compute_capability))
     # CPU tensors stand in for those of the absent GPU.
-    importlib.import_module("bert_fast.kernels.attention")._has_matrix_units = lambda device: compute_capability >= 80
+    importlib.import_module("bert_fast.kernels.attention").has_matrix_units = lambda device: compute_capability >= 80
 
     dtypes = [torch.float16, torch.float32] + [torch.bfloat16] * (compute_capability >= 80 and not sweep)
+    compiled: list[Any] = []
     for make, dtype, *options in cases(dtypes, sweep):
         op = make.__name__
-        getattr(importlib.import_module(f"bert_fast.kernels.{op}"), op)(*make(dtype, *options))
+        with compiling_only(compiled):
+            getattr(importlib.import_module(f"bert_fast.kernels.{op}"), op)(*make(dtype, *options))
         kernel = compiled.pop()
         ptx = kernel.asm["ptx"]
-        row = {
+        yield {
             "op": op,
             "dtype": str(dtype).removeprefix("torch."),
             "options": options,
@@ -138,8 +186,22 @@ def main(compute_capability: int, sweep: bool) -> None:
             "widest_load": max(map(int, re.findall(r"ld\.global(?:\.\w+)*?\.v(\d)\.b32", ptx)), default=1) * 4,
             "matrix_instructions": sorted(set(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx))),
         }
-        print(json.dumps(row), flush=True)
+
+
+def write() -> None:
+    """Compile everything for every GPU and keep the counts, a line each."""
+    parts = [f'"triton": {json.dumps(triton.__version__)}', f'"counts": {json.dumps(COUNTS)}']
+    for compute_capability in COMPUTE_CAPABILITIES:
+        rows = [row for sweep in (False, True) for row in compile_cases(compute_capability, sweep)]
+        counts = {key(row): [row[count] for count in COUNTS] for row in rows}
+        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(values)}" for name, values in sorted(counts.items()))
+        parts.append(f'"sm_{compute_capability}": {{\n{lines}\n  }}')
+    KEPT.write_text("{\n  " + ",\n  ".join(parts) + "\n}\n")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), "--sweep" in sys.argv)
+    if "--write" in sys.argv:
+        write()
+    else:
+        for row in compile_cases(int(sys.argv[1]), "--sweep" in sys.argv):
+            print(json.dumps(row), flush=True)

@@ -34,10 +34,10 @@ class Implementation:
     device: str = "cpu"
     isa: str | None = None
 
-    def __call__(self, op: str, *args: Any) -> Tensor:
+    def __call__(self, op: str, *args: Any, **options: Any) -> Tensor:
         """Run the op's launcher."""
         module = f"bert_fast.kernels.{op}" if self.name == "triton" else "bert_fast._C"
-        return getattr(importlib.import_module(module), op)(*args)
+        return getattr(importlib.import_module(module), op)(*args, **options)
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal numbers in this implementation's dtype, on its device."""

@@ -235,7 +235,7 @@ def test_doctor():
     out = run("doctor").stdout
     for fact in ("Machine", "Software", "Ops on cpu", "Ops on cuda", "residual_layer_norm", "float64"):
         assert fact in out
-    assert "triton: runs on cuda, not on cpu  (attention, bias_gelu" in out
+    assert "triton: runs on cuda, not on cpu  (attention, attention_probabilities, bias_gelu" in out
 
 
 def test_doctor_obeys_what_is_forced():

@@ -12,7 +12,8 @@ from bert_fast.ops._dispatch import (
     forward_ad_is_on,
     warn_of_fallback,
 )
-from bert_fast.ops.attention import attention
+from bert_fast.ops.attention import attention, attention_schedule
+from bert_fast.ops.attention_probabilities import attention_probabilities
 from bert_fast.ops.bias_gelu import bias_gelu
 from bert_fast.ops.embedding_layer_norm import embedding_layer_norm
 from bert_fast.ops.linear import PackedWeight, linear
@@ -27,6 +28,8 @@ __all__ = [
     "Selection",
     "Traits",
     "attention",
+    "attention_probabilities",
+    "attention_schedule",
     "bias_gelu",
     "embedding_layer_norm",
     "extension",

@@ -33,6 +33,7 @@ class Traits(NamedTuple):
     """What the choice depends on besides device and dtype."""
 
     head_dim: int = 0  # attention only
+    bias: bool = False  # attention only
     dropout: bool = False
     forward_ad: bool = False  # forward-mode derivatives are wanted
 

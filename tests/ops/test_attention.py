@@ -189,34 +189,6 @@ def test_padded_is_ragged_packed(implementation: Implementation, batch_size: int
     assert_no_worse(padded[mask], reference(*packed, *args), reference(*(t.double() for t in packed), *args))
 
 
-@pytest.mark.parametrize("max_seqlen", [40, 70], ids=["tiles for short sequences", "tiles for long ones"])
-@pytest.mark.parametrize("head_dim", [16, 128, 256])
-def test_triton_tiles_of_the_matrix_units(monkeypatch: pytest.MonkeyPatch, head_dim: int, max_seqlen: int) -> None:
-    from bert_fast.kernels import attention as module
-
-    monkeypatch.setattr(module, "_has_matrix_units", lambda device: True)
-    triton = Implementation("triton", torch.float16, "cuda" if HAS_GPU else "cpu")
-    q, k, v = fused(triton, max_seqlen + 9, 1, head_dim)
-    args = (q, k, v, triton.cu_seqlens([9, max_seqlen]), max_seqlen, None, head_dim**-0.5, 0.0)
-    assert_forward(module.attention, reference, *args)
-
-
-def test_triton_touches_nothing_past_the_tokens() -> None:
-    triton = Implementation("triton", torch.float32, "cuda" if HAS_GPU else "cpu")
-    q, k, v = (t[:8] for t in fused(triton, 90, 1, 16))  # 8 tokens, and memory after them
-    out = triton("attention", q, k, v, triton.tensor([-7, 3, 70, 90], torch.int32), 70, None, 0.25, 0.0)
-    expected = reference(q, k, v, triton.tensor([0, 3, 8, 8], torch.int32), 5, None, 0.25, 0.0)
-    torch.testing.assert_close(out, expected)
-
-
-def test_triton_launcher_refuses_dropout() -> None:
-    from bert_fast.kernels.attention import attention
-
-    q = torch.ones(2, 1, 8)
-    with pytest.raises(ValueError, match=r"dropout_p is 0\.1"):
-        attention(q, q, q, torch.tensor([0, 2], dtype=torch.int32), 2, None, 1.0, 0.1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", FORCEABLE)
 def test_gradients_ragged(impl: str, dtype: torch.dtype) -> None:
@@ -239,6 +211,37 @@ def test_gradients_masked(impl: str, dtype: torch.dtype) -> None:
         lambda *qkv: reference(*qkv, None, 40, mask, 0.3, 0.0),
         *fused(case, len(mask), 40, 2, 12),
     )
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_bias_and_its_gradient(padded: bool) -> None:
+    case = Implementation("any", torch.float32, "cuda" if HAS_GPU else "cpu")
+    qkv = [t.to(case.device) for t in fused(case, *((2, 9) if padded else (16,)), 2, 12)]
+    options = {"attention_mask": masks(case)[:2, :9]} if padded else {"cu_seqlens": case.cu_seqlens([9, 0, 7])}
+    given = (options.get("cu_seqlens"), 9, options.get("attention_mask"), 0.3, 0.0)
+    assert_gradients(
+        lambda *leaves: ops.attention(*leaves[:3], **options, scale=0.3, bias=leaves[3]),
+        lambda *leaves: reference(*leaves[:3], *given, leaves[3]),
+        *qkv,
+        case.randn(2, 11, 9),
+    )
+
+
+def test_definition_of_bias_is_pytorchs() -> None:
+    q, k, v = fused(Implementation("any", torch.float64), 2, 5, 3, 8)
+    bias = torch.randn(3, 5, 5, dtype=torch.float64)
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=bias).transpose(1, 2)
+    torch.testing.assert_close(reference(q, k, v, None, 5, None, 8**-0.5, 0.0, bias), expected)
+
+
+def test_cpp_refuses_a_bias() -> None:
+    with pytest.raises(ValueError, match="attention: cpp is forced but has no bias"):
+        ops.attention(*(PADDED,) * 3, bias=torch.ones(1, 3, 3), impl="cpp")
+
+
+def test_no_schedule_on_the_cpu() -> None:
+    assert ops.attention_schedule(PACKED, OFFSETS, 4) is None
 
 
 @pytest.mark.parametrize("impl", FORCEABLE)
@@ -307,6 +310,24 @@ REFUSED: dict[str, tuple[tuple[Tensor, ...], dict[str, Any], str]] = {
         (PACKED,) * 3,
         {"cu_seqlens": META_OFFSETS, "max_seqlen": 4},
         "cu_seqlens is on meta but its rows are on cpu",
+    ),
+    "bias's shape": ((PADDED,) * 3, {"bias": torch.ones(2, 3, 3)}, r"bias has shape \(2, 3, 3\), expected \(1, >= 3"),
+    "short bias": ((PADDED,) * 3, {"bias": torch.ones(1, 3, 2)}, r"bias has shape \(1, 3, 2\), expected \(1, >= 3"),
+    "bias's dtype": ((PADDED,) * 3, {"bias": torch.ones(1, 3, 3).half()}, "bias is torch.float16 but q is"),
+    "schedule's shape": (
+        (PACKED,) * 3,
+        {"cu_seqlens": OFFSETS, "schedule": OFFSETS},
+        r"schedule is torch.int32 of shape \(3,\)",
+    ),
+    "schedule's device": (
+        (PACKED,) * 3,
+        {"cu_seqlens": OFFSETS, "schedule": torch.zeros(3, 2, dtype=torch.int32, device="meta")},
+        "schedule is on meta but q is on cpu",
+    ),
+    "schedule, padded": (
+        (PADDED,) * 3,
+        {"schedule": torch.zeros(3, 2, dtype=torch.int32)},
+        "schedule is given without cu_seqlens",
     ),
     "impossible dropout": ((PADDED,) * 3, {"dropout_p": -0.5}, "dropout_p is -0.5"),
 }

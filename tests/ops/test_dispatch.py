@@ -16,6 +16,7 @@ from torch import Tensor
 from bert_fast import ops
 from bert_fast.ops import FallbackWarning, Impl, Op, Traits, _dispatch
 from bert_fast.ops.attention import OP as ATTENTION
+from bert_fast.ops.attention_probabilities import OP as ATTENTION_PROBABILITIES
 from bert_fast.ops.bias_gelu import OP as BIAS_GELU
 from bert_fast.ops.embedding_layer_norm import OP as EMBEDDING_LAYER_NORM
 from bert_fast.ops.linear import OP as LINEAR
@@ -230,11 +231,19 @@ def calls() -> dict[str, tuple[Op, list[Any]]]:
         "pooling": (POOLING, [randn(8, 6), cu_seqlens, "mean"]),
         "attention, ragged": (
             ATTENTION,
-            [randn(8, 2, 4), randn(8, 2, 4), randn(8, 2, 4), cu_seqlens, 5, None, 0.5, 0.0],
+            [randn(8, 2, 4), randn(8, 2, 4), randn(8, 2, 4), cu_seqlens, 5, None, 0.5, 0.0, None, None],
         ),
         "attention, masked": (
             ATTENTION,
-            [randn(2, 4, 2, 4), randn(2, 4, 2, 4), randn(2, 4, 2, 4), None, 4, mask, 0.5, 0.0],
+            [randn(2, 4, 2, 4), randn(2, 4, 2, 4), randn(2, 4, 2, 4), None, 4, mask, 0.5, 0.0, None, None],
+        ),
+        "attention, with a bias": (
+            ATTENTION,
+            [randn(8, 2, 4), randn(8, 2, 4), randn(8, 2, 4), cu_seqlens, 5, None, 0.5, 0.0, randn(2, 5, 5), None],
+        ),
+        "attention_probabilities": (
+            ATTENTION_PROBABILITIES,
+            [randn(8, 3, 4), randn(8, 3, 4), cu_seqlens, 5, [2, 0], 0.5, randn(3, 5, 5)],
         ),
     }
 
@@ -254,7 +263,7 @@ PUBLIC: dict[str, Callable[..., Tensor]] = {
     "residual_layer_norm": lambda *args: ops.residual_layer_norm(*args[:5], eps=args[5], dropout_p=args[6]),
     "embedding_layer_norm": lambda *args: ops.embedding_layer_norm(*args[:8], eps=args[8], dropout_p=args[9]),
     "pooling": lambda hidden, cu_seqlens, mode: ops.pooling(hidden, cu_seqlens, mode=mode),
-    "attention": lambda q, k, v, cu_seqlens, max_seqlen, mask, scale, dropout_p: ops.attention(
+    "attention": lambda q, k, v, cu_seqlens, max_seqlen, mask, scale, dropout_p, bias, schedule: ops.attention(
         q,
         k,
         v,
@@ -263,6 +272,11 @@ PUBLIC: dict[str, Callable[..., Tensor]] = {
         attention_mask=mask,
         scale=scale,
         dropout_p=dropout_p,
+        bias=bias,
+        schedule=schedule,
+    ),
+    "attention_probabilities": lambda q, k, cu_seqlens, max_seqlen, heads, scale, bias: ops.attention_probabilities(
+        q, k, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, heads=heads, scale=scale, bias=bias
     ),
 }
 

@@ -36,7 +36,7 @@ def test_attention(implementation: Implementation, masked: bool) -> None:
     arguments = (q, k, v, None, 7, mask, 0.25, 0.0)
     expected = implementation("attention", *arguments)
     out = torch.full_like(q, 3.0)
-    implementation("attention", *arguments, out)
+    implementation("attention", *arguments, out=out)
     assert torch.equal(out, expected)
 
 

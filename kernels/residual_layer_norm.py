@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 1024  # elements a program at least; 8 for each of its 128 threads, one 16-byte load of a 16-bit dtype
-_MAX_BLOCK_N = 8192  # channels of a row held in registers
+from bert_fast.kernels.quantize import check_codes, magnitude_bits, row_scale
+from bert_fast.kernels.rows import blocks
 
 
 @triton.jit
@@ -21,6 +21,14 @@ def _hidden(x_rows, bias_ptr, residual_rows, stride_x, stride_residual, channels
 
 
 @triton.jit
+def normalised(hidden, mean, rstd, weight_ptr, bias_ptr, channels, in_row):
+    """(hidden - mean) * rstd * weight + bias in float32, zero for channels that are not `in_row`: (BLOCK_M, BLOCK_N)."""
+    weight = tl.load(weight_ptr + channels, mask=in_row, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channels, mask=in_row, other=0.0).to(tl.float32)
+    return (hidden - mean) * rstd * weight + bias
+
+
+@triton.jit
 def _residual_layer_norm_kernel(
     x_ptr,
     bias_ptr,
@@ -28,6 +36,8 @@ def _residual_layer_norm_kernel(
     weight_ptr,
     layer_norm_bias_ptr,
     out_ptr,
+    codes_ptr,
+    scales_ptr,
     num_rows,
     stride_x_row,
     stride_x,
@@ -43,7 +53,7 @@ def _residual_layer_norm_kernel(
     residual_rows = residual_ptr + rows * stride_residual_row
     block = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
 
-    # Three passes over the row. Where it fits in one block they read the same tile, which then stays in registers.
+    # Some passes over the row. Where it fits in one block they read the same tile, which then stays in registers.
     total = tl.zeros((BLOCK_M, 1), tl.float32)
     for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
         inside = (rows < num_rows) & (start + block < HIDDEN_SIZE)
@@ -59,13 +69,27 @@ def _residual_layer_norm_kernel(
         total += tl.sum(centred * centred, axis=1, keep_dims=True)
     rstd = tl.rsqrt(total / HIDDEN_SIZE + eps)
 
+    inverse = 1.0
+    if codes_ptr is not None:
+        largest = tl.zeros((BLOCK_M, 1), tl.int32)
+        for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
+            channels = start + block
+            inside = (rows < num_rows) & (channels < HIDDEN_SIZE)
+            hidden = _hidden(x_rows, bias_ptr, residual_rows, stride_x, stride_residual, channels, inside)
+            out = normalised(hidden, mean, rstd, weight_ptr, layer_norm_bias_ptr, channels, channels < HIDDEN_SIZE)
+            largest = tl.maximum(largest, tl.max(magnitude_bits(out), axis=1, keep_dims=True))
+        scale = row_scale(largest)
+        tl.store(scales_ptr + rows, scale, mask=rows < num_rows)
+        inverse = 1.0 / scale
+
     for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
         channels = start + block
         inside = (rows < num_rows) & (channels < HIDDEN_SIZE)
         hidden = _hidden(x_rows, bias_ptr, residual_rows, stride_x, stride_residual, channels, inside)
-        weight = tl.load(weight_ptr + channels, mask=channels < HIDDEN_SIZE, other=0.0).to(tl.float32)
-        bias = tl.load(layer_norm_bias_ptr + channels, mask=channels < HIDDEN_SIZE, other=0.0).to(tl.float32)
-        tl.store(out_ptr + rows * HIDDEN_SIZE + channels, (hidden - mean) * rstd * weight + bias, mask=inside)
+        out = normalised(hidden, mean, rstd, weight_ptr, layer_norm_bias_ptr, channels, channels < HIDDEN_SIZE)
+        tl.store(out_ptr + rows * HIDDEN_SIZE + channels, out, mask=inside)
+        if codes_ptr is not None:
+            tl.store(codes_ptr + rows * HIDDEN_SIZE + channels, (out * inverse).to(tl.float8e4nv), mask=inside)
 
 
 def residual_layer_norm(
@@ -77,6 +101,8 @@ def residual_layer_norm(
     eps: float,
     dropout_p: float,
     out: Tensor | None = None,
+    codes: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """LayerNorm(x + bias + residual) over the last dimension, computed in float32.
 
@@ -86,37 +112,40 @@ def residual_layer_norm(
         eps: added to the variance.
         dropout_p: 0.
         out: where the result goes; may be x or residual.
+        codes, scales: if given, the result goes there too, quantised before it is rounded to x's dtype, as
+            `quantize_rows` does: contiguous float8_e4m3fn of x's shape, and float32 (rows, 1).
 
     Returns:
         A contiguous tensor of x's shape and dtype.
 
     Raises:
-        ValueError: dropout_p is not 0.
+        ValueError: dropout_p is not 0, or codes or scales is not such a tensor.
     """
     if dropout_p > 0:
         raise ValueError(f"residual_layer_norm: dropout_p is {dropout_p}, the Triton kernel has no dropout")
     out = x.new_empty(x.shape) if out is None else out
     if out.numel() == 0:
         return out
+    if codes is not None:
+        check_codes("residual_layer_norm", x, codes, scales)
     hidden_size = x.shape[-1]
     x, residual = x.reshape(-1, hidden_size), residual.reshape(-1, hidden_size)
-    block_n = min(triton.next_power_of_2(hidden_size), _MAX_BLOCK_N)
-    block_m = max(1, _TILE // block_n)
+    shape = blocks(x.shape[0], hidden_size)
     with torch.cuda.device_of(x):
-        _residual_layer_norm_kernel[(triton.cdiv(x.shape[0], block_m),)](
+        _residual_layer_norm_kernel[(triton.cdiv(x.shape[0], shape["BLOCK_M"]),)](
             x,
             bias.contiguous(),
             residual,
             weight.contiguous(),
             layer_norm_bias.contiguous(),
             out,
+            codes,
+            scales,
             x.shape[0],
             *x.stride(),
             *residual.stride(),
             eps,
             HIDDEN_SIZE=hidden_size,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            num_warps=8 if block_n > 2048 else 4,
+            **shape,
         )
     return out

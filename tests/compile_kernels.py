@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-NUM_TOKENS, MODES = 512, ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean")
+NUM_TOKENS, NUM_ROWS, MODES = 512, 8192, ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean")
 
 
 class AbsentGpu:
@@ -45,16 +45,16 @@ class AbsentGpu:
 
 
 def bias_gelu(dtype: torch.dtype, approximate: str) -> list[Any]:
-    return [torch.empty(NUM_TOKENS, 3072, dtype=dtype), torch.empty(3072, dtype=dtype), approximate]
+    return [torch.empty(NUM_ROWS, 3072, dtype=dtype), torch.empty(3072, dtype=dtype), approximate]
 
 
 def residual_layer_norm(dtype: torch.dtype, hidden_size: int) -> list[Any]:
-    x, vector = torch.empty(NUM_TOKENS, hidden_size, dtype=dtype), torch.empty(hidden_size, dtype=dtype)
+    x, vector = torch.empty(NUM_ROWS, hidden_size, dtype=dtype), torch.empty(hidden_size, dtype=dtype)
     return [x, vector, x, vector, vector, 1e-12, 0.0]
 
 
 def embedding_layer_norm(dtype: torch.dtype, hidden_size: int) -> list[Any]:
-    ids, table = torch.zeros(NUM_TOKENS, dtype=torch.int64), torch.empty(NUM_TOKENS, hidden_size, dtype=dtype)
+    ids, table = torch.zeros(NUM_ROWS, dtype=torch.int64), torch.empty(NUM_ROWS, hidden_size, dtype=dtype)
     vector = torch.empty(hidden_size, dtype=dtype)
     return [ids, ids, ids, table, table, table, vector, vector, 1e-12, 0.0]
 

@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bert_fast.embedder import Recipe
+from bert_fast.folders import resolve
+from bert_fast.loading import read_config
 from bert_fast.timing import MAX_ERROR, Call, Timing, compare
 
 #: (hidden_size, intermediate_size) measured when no model is named: MiniLM, BERT-base, BERT-large.
 SHAPES = ((384, 1536), (768, 3072), (1024, 4096))
 
-DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 #: How much faster than cuBLAS and a pass a configuration must be to be chosen.
 LEAST_GAIN = 1.02
@@ -102,25 +105,23 @@ def measure(
                     **{tuple(c): partial(linear_gelu.by_epilogue, *arguments, c) for c in configs},
                 }
                 key = tuned.key("linear_gelu", dtype, in_features, out_features, rows)
-                yield choose(key, _timings(ways, device, str(dtype).removeprefix("torch."), repeats))
+                yield choose(key, _timings(ways, device, dtype, repeats))
 
 
 def _timings(
-    ways: dict[tuple[int, ...] | None, Callable[[], Tensor]], device: torch.device, dtype: str, repeats: int
+    ways: dict[tuple[int, ...] | None, Callable[[], Tensor]], device: torch.device, dtype: torch.dtype, repeats: int
 ) -> dict[tuple[int, ...] | None, Timing]:
-    """`timing.compare` of ways that all write into the same tensor, whose answers are therefore copied."""
+    """Timings of ways that all write into the same tensor."""
     names = {_BY_PASS if config is None else f"configuration {config}": config for config in ways}
-    contenders = {name: _Way(ways[config], device, _MIN_SAMPLE) for name, config in names.items()}
-    timings = compare(contenders, repeats, max_error=MAX_ERROR[dtype])
+    contenders = {name: Call(ways[config], device, _MIN_SAMPLE) for name, config in names.items()}
+    allowed = MAX_ERROR[str(dtype).removeprefix("torch.")]
+    timings = compare(contenders, repeats, max_error=allowed, part=_some_rows)
     return {names[name]: timing for name, timing in timings.items()}
 
 
-class _Way(Call):
-    """A call whose answer is a copy: the next contender writes into the same memory."""
-
-    def answer(self) -> Tensor:
-        """See `timing.Contender`."""
-        return self.function().clone()
+def _some_rows(out: Tensor) -> Tensor:
+    """A copy of about 4,096 rows; their distance is odd, so that they fall on every row of a tile."""
+    return out[:: out.shape[0] // 4096 | 1].clone()
 
 
 def write(path: Path, gpu: str, choices: Iterable[Choice]) -> None:
@@ -154,44 +155,49 @@ def _triton_version() -> str:
 
 
 def shapes_of(models: Sequence[str]) -> list[tuple[int, int]]:
-    """(hidden_size, intermediate_size) of each checkpoint (a folder, a Hub id or demo), without their weights."""
-    from bert_fast.config import BertConfig
-    from bert_fast.loading import resolve
-
-    configs = [BertConfig.from_pretrained(resolve(model)) for model in models]
+    """(hidden_size, intermediate_size) of each checkpoint: a folder, a Hub id or demo."""
+    configs = [read_config(Recipe.read(resolve(model)).transformer) for model in models]
     return sorted({(config.hidden_size, config.intermediate_size) for config in configs})
 
 
-def tune(models: Sequence[str] = (), output: Path | None = None, say: Callable[[str], None] = print) -> Path:
-    """Measure this machine's GPU and write its table, which takes minutes.
+def tune(
+    models: Sequence[str] = (),
+    dtypes: Sequence[str] = ("float16", "bfloat16"),
+    folder: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Measure this machine's GPU and write its table. It takes minutes, most of them Triton's compiler's.
 
     Args:
         models: checkpoints whose shapes are measured; MiniLM's, BERT-base's and BERT-large's if none is named.
-        output: folder of the table; by default the user's, where the kernels look first.
+        dtypes: "float16" or "bfloat16"; products in float32 have one way only.
+        folder: of the table; by default the user's, where the kernels look first.
         say: is given a line for each choice.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: there is no GPU, or it has no matrix units that Triton uses.
+        ValueError: a dtype is another, there is no GPU, or it has no matrix units that Triton uses.
     """
+    wrong = next((dtype for dtype in dtypes if dtype not in DTYPES), None)
+    if wrong is not None:
+        raise ValueError(f"dtype is {wrong!r}, expected one of {', '.join(DTYPES)}")
     if not torch.cuda.is_available():
         raise ValueError("tune measures a GPU, and there is none here that torch can use")
     from bert_fast.kernels import linear_gelu, tuned
 
     device = torch.device("cuda", torch.cuda.current_device())
-    gpu = torch.cuda.get_device_properties(device)
-    configs = linear_gelu.candidates(10 * gpu.major + gpu.minor, gpu.shared_memory_per_block_optin)
+    gpu, configs = torch.cuda.get_device_name(device), linear_gelu.candidates_on(device)
     if not configs:
-        raise ValueError(f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, tune needs 8.0")
+        raise ValueError(f"{gpu} has compute capability below 8.0: Triton has no matrix units there, nothing to tune")
     shapes = shapes_of(models) if models else SHAPES
-    path = (output or tuned.user_folder()) / tuned.file_name(gpu.name)
-    say(f"{gpu.name}: the way taken, and the time of {_BY_PASS} over that of the fastest epilogue")
+    say(f"{gpu}: the way taken, and how many times faster the fastest epilogue is than {_BY_PASS}")
     choices = []
     with torch.inference_mode():
-        for choice in measure(device, shapes, DTYPES, tuned.BUCKETS, configs):
+        for choice in measure(device, shapes, [DTYPES[dtype] for dtype in dtypes], tuned.BUCKETS, configs):
             say(str(choice))
             choices.append(choice)
-    write(path, gpu.name, choices)
+    path = (folder or tuned.user_folder()) / tuned.file_name(gpu)
+    write(path, gpu, choices)
     return path

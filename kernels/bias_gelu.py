@@ -20,9 +20,9 @@ def gelu(t, TANH: tl.constexpr, ROUNDED: tl.constexpr):
         # 0.5 t (1 + tanh(u)) = t / (1 + exp(-2u)), u = sqrt(2 / pi) (t + 0.044715 t^3)
         return t / (1.0 + tl.exp(-1.5957691216057308 * (t + 0.044715 * t * t * t)))
     elif ROUNDED:
-        # t Phi(t) = max(t, 0) - |t| Phi(-|t|), with log2 Phi(-u) as a minimax polynomial. The error is at most 1.2e-7, and
-        # relative to the result below zero 6e-5 to -4 and 1e-3 to -6. It takes less than half the instructions of erf,
-        # with which arithmetic and not memory would limit a pass over 16-bit values.
+        # t Phi(t) = max(t, 0) - |t| Phi(-|t|), with log2 Phi(-u) as a minimax polynomial. The error is at most 1.2e-7,
+        # and relative to the result below zero 6e-5 to -4 and 1e-3 to -6. It takes less than half the instructions of
+        # erf, with which arithmetic and not memory would limit a pass over 16-bit values.
         u = tl.minimum(tl.abs(t), 6.0)
         log2_tail = 3.290431050118059e-05
         log2_tail = log2_tail * u - 0.0007621495169587433

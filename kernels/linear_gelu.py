@@ -59,6 +59,13 @@ def candidates(compute_capability: int, shared_bytes: int) -> tuple[Config, ...]
     return tuple(c for c in CONFIGS if compute_capability >= 80 and c.shared_bytes <= shared_bytes)
 
 
+def candidates_on(device: torch.device) -> tuple[Config, ...]:
+    """The configurations that this GPU, which is there, can run."""
+    major, minor = torch.cuda.get_device_capability(device)
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return candidates(10 * major + minor, properties["max_shared_mem"])
+
+
 @triton.jit
 def _linear_gelu_kernel(
     x_ptr,
@@ -157,8 +164,8 @@ def chosen(gpu: str, dtype: torch.dtype, in_features: int, out_features: int, nu
     entry = tuned.table(gpu).get(name)
     if entry is None:
         return None
-    config = Config(*entry)
-    if config not in CONFIGS:
+    config = next((c for c in CONFIGS if list(c) == entry), None)
+    if config is None:
         raise ValueError(f"linear_gelu: the table of {gpu} has {entry} for {name!r}; measure again: bert-fast tune")
     return config
 

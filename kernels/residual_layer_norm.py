@@ -22,7 +22,7 @@ def _hidden(x_rows, bias_ptr, residual_rows, stride_x, stride_residual, channels
 
 @triton.jit
 def normalised(hidden, mean, rstd, weight_ptr, bias_ptr, channels, in_row):
-    """(hidden - mean) * rstd * weight + bias in float32, zero for channels that are not `in_row`: (BLOCK_M, BLOCK_N)."""
+    """(hidden - mean) * rstd * weight + bias in float32, zero where a channel is not `in_row`: (BLOCK_M, BLOCK_N)."""
     weight = tl.load(weight_ptr + channels, mask=in_row, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + channels, mask=in_row, other=0.0).to(tl.float32)
     return (hidden - mean) * rstd * weight + bias

@@ -4,8 +4,8 @@ import triton
 
 _MAX_BLOCK_N = 8192  # channels of a row held in registers
 
-# Elements a program: 32 for each of its 128 threads, so that four 16-byte loads of a 16-bit dtype are in flight in each;
-# 8 where the rows are too few to give every multiprocessor several such programs.
+# Elements a program: 32 for each of its 128 threads, so that each has four 16-byte loads of a 16-bit dtype in flight; 8
+# where the rows are too few to give every multiprocessor several such programs.
 _TILE, _SMALL_TILE = 4096, 1024
 _FEW_PROGRAMS = 512
 

@@ -1,8 +1,8 @@
 """What `bert-fast tune` measured on a GPU: for a product's shape, the way to run it. Read here, never measured.
 
-A table is a JSON file named after its GPU: the user's, in the cache folder, stands above the one in the package. It maps a
-`key`, which holds a bucket of rows and never their number, to the launcher's configuration, or to null for the way that
-runs where there is no entry.
+A table is a JSON file named after its GPU: the user's, in the cache folder, stands above the one in the package. It maps
+a `key`, which holds a bucket of rows and never their number, to the launcher's configuration, or to null for the way
+that runs where there is no entry.
 """
 
 import functools
@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-#: Most rows of each bucket. A call is looked up in the smallest that holds it, and beyond the last in the last.
-BUCKETS = tuple(2**i for i in range(4, 18))
+#: Most rows of each bucket, powers of two. A call is looked up in the smallest that holds it; beyond the last, there.
+BUCKETS = tuple(2**i for i in range(4, 17))
 
 
 def bucket(num_rows: int) -> int:
     """The bucket of so many rows."""
-    return next((rows for rows in BUCKETS if num_rows <= rows), BUCKETS[-1])
+    return min(max(1 << (num_rows - 1).bit_length(), BUCKETS[0]), BUCKETS[-1])
 
 
 def key(op: str, dtype: torch.dtype, in_features: int, out_features: int, rows: int) -> str:
@@ -40,7 +40,7 @@ def user_folder() -> Path:
 
 def package_folder() -> Path:
     """Where tables that come with the package lie."""
-    return Path(__file__).parent / "tuned"
+    return Path(__file__).parent / "tables"
 
 
 @functools.cache

@@ -1,10 +1,8 @@
-"""linear_gelu: both ways against the truth, every configuration, gradients, odd inputs, refusals, what the table says."""
+"""linear_gelu: both ways against the truth, every configuration, gradients, odd inputs, refusals."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,8 +51,7 @@ def configs() -> list[Any]:
 
     if not HAS_GPU:
         return list(linear_gelu.CONFIGS)
-    gpu = torch.cuda.get_device_properties(0)
-    return list(linear_gelu.candidates(10 * gpu.major + gpu.minor, gpu.shared_memory_per_block_optin))
+    return list(linear_gelu.candidates_on(torch.device("cuda", 0)))
 
 
 def by_epilogue(triton: Implementation, config: Any) -> Callable[..., Tensor]:
@@ -117,7 +114,11 @@ def test_layouts(triton: Implementation, layout: Callable[[Tensor], Tensor]) -> 
 @pytest.mark.parametrize("triton", TRITON)
 def test_zero_size(triton: Implementation, shape: tuple[int, int, int]) -> None:
     rows, in_features, out_features = shape
-    x, weight, bias = triton.randn(rows, in_features), triton.randn(out_features, in_features), triton.randn(out_features)
+    x, weight, bias = (
+        triton.randn(rows, in_features),
+        triton.randn(out_features, in_features),
+        triton.randn(out_features),
+    )
     assert_forward(lambda *args: triton("linear_gelu", *args), reference, x, weight, bias, "none")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ WIDTHS = {"one code": 1, "narrower than any vector": 5, "MiniLM": 384, "BERT-bas
 
 
 @pytest.fixture(autouse=True)
-def _interpreter_rounds_to_float8(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _interpreter_rounds_to_float8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter drops the carry when it rounds to e4m3 (126.2 becomes 64): torch rounds in its place.
 
     So the kernels are tested up to the conversion, which on a GPU is one instruction.
@@ -42,7 +42,6 @@ def _interpreter_rounds_to_float8(monkeypatch: pytest.MonkeyPatch) -> Iterator[N
             return torch.from_numpy(values.copy()).to(FLOAT8).view(torch.uint8).numpy()
 
         monkeypatch.setattr(interpreter, "_convert_float", rounded)
-    yield
 
 
 def empty_codes(*shape: int) -> tuple[Tensor, Tensor]:
@@ -263,10 +262,16 @@ REFUSED = {
     "scales of another shape": (dict(scales=torch.ones(3, 1)), r"scales is torch.float32 of shape \(3, 1\)"),
     "scales of another dtype": (dict(scales=torch.ones(2, 1).half()), "scales is torch.float16"),
     "no scales": (dict(scales=None), "scales is None"),
-    "weight's scales": (dict(weight_scales=torch.ones(48, 1)), r"weight_scales has shape \(48, 1\), expected \(1, 48\)"),
+    "weight's scales": (
+        dict(weight_scales=torch.ones(48, 1)),
+        r"weight_scales has shape \(48, 1\), expected \(1, 48\)",
+    ),
     "float32": (dict(dtype=torch.float32), "dtype is torch.float32, expected torch.float16 or torch.bfloat16"),
     "bias of another dtype": (dict(bias=torch.zeros(48)), "bias is torch.float32"),
-    "bias of another length": (dict(bias=torch.zeros(1, dtype=torch.bfloat16)), r"bias is torch.bfloat16 of shape \(1,\)"),
+    "bias of another length": (
+        dict(bias=torch.zeros(1, dtype=torch.bfloat16)),
+        r"bias is torch.bfloat16 of shape \(1,\)",
+    ),
 }
 
 
@@ -289,7 +294,7 @@ def test_refused_by_the_kernels() -> None:
         quantize_rows(x[0])
     with pytest.raises(ValueError, match=r"quantize_rows: codes is torch.float8_e4m3fn of shape \(2, 16\)"):
         quantize_rows(x, codes_of(2, 16))
-    with pytest.raises(ValueError, match="bias_gelu: codes is torch.int8"):
+    with pytest.raises(ValueError, match=r"bias_gelu: codes is torch\.int8"):
         kernel(x, x[0], "none", None, x.to(torch.int8), torch.ones(2, 1))
     with pytest.raises(ValueError, match=r"quantize_weight: weight has shape \(2, 32\).*multiples of 16"):
         quantize_weight(x)

@@ -7,18 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bert_fast.kernels.quantize import check_codes, magnitude_bits, row_scale
-from bert_fast.kernels.residual_layer_norm import normalised
+from bert_fast.kernels.quantize import check_codes
+from bert_fast.kernels.residual_layer_norm import store_normalised
 from bert_fast.kernels.rows import blocks
-
-
-@triton.jit
-def _hidden(word_rows, position_rows, token_type_rows, stride_word, stride_position, stride_type, channels, inside):
-    """word + token type + position in float32, zero where not `inside`: (BLOCK_M, BLOCK_N)."""
-    word = tl.load(word_rows + channels * stride_word, mask=inside, other=0.0).to(tl.float32)
-    position = tl.load(position_rows + channels * stride_position, mask=inside, other=0.0).to(tl.float32)
-    token_type = tl.load(token_type_rows + channels * stride_type, mask=inside, other=0.0).to(tl.float32)
-    return word + token_type + position
 
 
 @triton.jit
@@ -56,52 +47,28 @@ def _embedding_layer_norm_kernel(
         token_type_ptr + tl.load(token_type_ids_ptr + rows, mask=in_rows, other=0).to(tl.int64) * stride_type_row
     )
     block = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
-
-    # Some passes over the row. Where it fits in one block they read the same tile, which then stays in registers.
-    total = tl.zeros((BLOCK_M, 1), tl.float32)
-    for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
-        inside = in_rows & (start + block < HIDDEN_SIZE)
-        hidden = _hidden(
-            word_rows, position_rows, token_type_rows, stride_word, stride_position, stride_type, start + block, inside
-        )
-        total += tl.sum(hidden, axis=1, keep_dims=True)
-    mean = total / HIDDEN_SIZE
-
-    total = tl.zeros((BLOCK_M, 1), tl.float32)
-    for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
-        inside = in_rows & (start + block < HIDDEN_SIZE)
-        hidden = _hidden(
-            word_rows, position_rows, token_type_rows, stride_word, stride_position, stride_type, start + block, inside
-        )
-        centred = tl.where(inside, hidden - mean, 0.0)
-        total += tl.sum(centred * centred, axis=1, keep_dims=True)
-    rstd = tl.rsqrt(total / HIDDEN_SIZE + eps)
-
-    inverse = 1.0
-    if codes_ptr is not None:
-        largest = tl.zeros((BLOCK_M, 1), tl.int32)
-        for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
-            channels = start + block
-            inside = in_rows & (channels < HIDDEN_SIZE)
-            hidden = _hidden(
-                word_rows, position_rows, token_type_rows, stride_word, stride_position, stride_type, channels, inside
-            )
-            out = normalised(hidden, mean, rstd, weight_ptr, layer_norm_bias_ptr, channels, channels < HIDDEN_SIZE)
-            largest = tl.maximum(largest, tl.max(magnitude_bits(out), axis=1, keep_dims=True))
-        scale = row_scale(largest)
-        tl.store(scales_ptr + rows, scale, mask=in_rows)
-        inverse = 1.0 / scale
-
+    parts = ()
     for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
         channels = start + block
         inside = in_rows & (channels < HIDDEN_SIZE)
-        hidden = _hidden(
-            word_rows, position_rows, token_type_rows, stride_word, stride_position, stride_type, channels, inside
-        )
-        out = normalised(hidden, mean, rstd, weight_ptr, layer_norm_bias_ptr, channels, channels < HIDDEN_SIZE)
-        tl.store(out_ptr + rows * HIDDEN_SIZE + channels, out, mask=inside)
-        if codes_ptr is not None:
-            tl.store(codes_ptr + rows * HIDDEN_SIZE + channels, (out * inverse).to(tl.float8e4nv), mask=inside)
+        word = tl.load(word_rows + channels * stride_word, mask=inside, other=0.0).to(tl.float32)
+        position = tl.load(position_rows + channels * stride_position, mask=inside, other=0.0).to(tl.float32)
+        token_type = tl.load(token_type_rows + channels * stride_type, mask=inside, other=0.0).to(tl.float32)
+        parts = parts + (word + token_type + position,)  # noqa: RUF005
+    store_normalised(
+        parts,
+        weight_ptr,
+        layer_norm_bias_ptr,
+        out_ptr,
+        codes_ptr,
+        scales_ptr,
+        rows,
+        in_rows,
+        block,
+        eps,
+        HIDDEN_SIZE,
+        BLOCK_N,
+    )
 
 
 def embedding_layer_norm(

@@ -14,26 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bert_fast.kernels.rows import blocks
-
-#: The largest value of a code.
-MAX_CODE = tl.constexpr(448.0)
-
-_INFINITY_BITS = tl.constexpr(0x7F800000)
-_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-
-
-@triton.jit
-def magnitude_bits(values):
-    """The bits of |values|, float32, as int32: they order as the magnitudes do, with infinity and NaN above all."""
-    return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def row_scale(largest):
-    """The scale of rows whose largest `magnitude_bits` are given: 1 for zeros, NaN for what is not finite."""
-    scale = tl.maximum(largest.to(tl.float32, bitcast=True) / MAX_CODE, _TINY)
-    return tl.where(largest == 0, 1.0, tl.where(largest < _INFINITY_BITS, scale, float("nan")))
+from bert_fast.kernels.rows import MAX_CODE, blocks, store_codes
 
 
 @triton.jit
@@ -49,19 +30,14 @@ def _quantize_kernel(
     BLOCK_N: tl.constexpr,
 ):
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    in_rows = rows < num_rows
     block = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
-    largest = tl.zeros((BLOCK_M, 1), tl.int32)
-    for start in tl.static_range(0, WIDTH, BLOCK_N):  # both passes read the same tile where a row fits in one
-        inside = (rows < num_rows) & (start + block < WIDTH)
-        x = tl.load(x_ptr + rows * stride_row + (start + block) * stride, mask=inside, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(magnitude_bits(x), axis=1, keep_dims=True))
-    scale = row_scale(largest)
-    tl.store(scales_ptr + rows, scale, mask=rows < num_rows)
-    inverse = 1.0 / scale
+    parts = ()
     for start in tl.static_range(0, WIDTH, BLOCK_N):
-        inside = (rows < num_rows) & (start + block < WIDTH)
-        x = tl.load(x_ptr + rows * stride_row + (start + block) * stride, mask=inside, other=0.0).to(tl.float32)
-        tl.store(codes_ptr + rows * WIDTH + start + block, (x * inverse).to(tl.float8e4nv), mask=inside)
+        inside = in_rows & (start + block < WIDTH)
+        x = tl.load(x_ptr + rows * stride_row + (start + block) * stride, mask=inside, other=0.0)
+        parts = parts + (x.to(tl.float32),)  # noqa: RUF005
+    store_codes(parts, codes_ptr, scales_ptr, rows, in_rows, block, WIDTH, BLOCK_N)
 
 
 def check_codes(op: str, rows: Tensor, codes: Tensor, scales: Tensor | None) -> None:

@@ -7,25 +7,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bert_fast.kernels.quantize import check_codes, magnitude_bits, row_scale
-from bert_fast.kernels.rows import blocks
+from bert_fast.kernels.quantize import check_codes
+from bert_fast.kernels.rows import blocks, store_codes
 
 
 @triton.jit
-def _hidden(x_rows, bias_ptr, residual_rows, stride_x, stride_residual, channels, inside):
-    """x + bias + residual in float32, zero where not `inside`: (BLOCK_M, BLOCK_N)."""
-    x = tl.load(x_rows + channels * stride_x, mask=inside, other=0.0).to(tl.float32)
-    residual = tl.load(residual_rows + channels * stride_residual, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
-    return x + bias + residual
+def store_normalised(
+    parts,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    codes_ptr,
+    scales_ptr,
+    rows,
+    in_rows,
+    block,
+    eps,
+    HIDDEN_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Store the LayerNorm of rows, and as float8 codes if there are `codes_ptr`; arguments as of `store_codes`."""
+    total = parts[0]
+    for index in tl.static_range(1, len(parts)):
+        total += parts[index]
+    mean = tl.sum(total, axis=1, keep_dims=True) / HIDDEN_SIZE
 
+    squares = tl.zeros_like(parts[0])
+    for index in tl.static_range(len(parts)):
+        centred = tl.where(index * BLOCK_N + block < HIDDEN_SIZE, parts[index] - mean, 0.0)
+        squares += centred * centred
+    rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / HIDDEN_SIZE + eps)
 
-@triton.jit
-def normalised(hidden, mean, rstd, weight_ptr, bias_ptr, channels, in_row):
-    """(hidden - mean) * rstd * weight + bias in float32, zero where a channel is not `in_row`: (BLOCK_M, BLOCK_N)."""
-    weight = tl.load(weight_ptr + channels, mask=in_row, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channels, mask=in_row, other=0.0).to(tl.float32)
-    return (hidden - mean) * rstd * weight + bias
+    normalised = ()
+    for index in tl.static_range(len(parts)):
+        channels = index * BLOCK_N + block
+        weight = tl.load(weight_ptr + channels, mask=channels < HIDDEN_SIZE, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + channels, mask=channels < HIDDEN_SIZE, other=0.0).to(tl.float32)
+        normalised = normalised + ((parts[index] - mean) * rstd * weight + bias,)  # noqa: RUF005
+    for index in tl.static_range(len(parts)):
+        channels = index * BLOCK_N + block
+        out_rows = out_ptr + rows * HIDDEN_SIZE
+        tl.store(out_rows + channels, normalised[index], mask=in_rows & (channels < HIDDEN_SIZE))
+    if codes_ptr is not None:
+        store_codes(normalised, codes_ptr, scales_ptr, rows, in_rows, block, HIDDEN_SIZE, BLOCK_N)
 
 
 @triton.jit
@@ -49,47 +73,32 @@ def _residual_layer_norm_kernel(
     BLOCK_N: tl.constexpr,
 ):
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    in_rows = rows < num_rows
+    block = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
     x_rows = x_ptr + rows * stride_x_row
     residual_rows = residual_ptr + rows * stride_residual_row
-    block = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
-
-    # Some passes over the row. Where it fits in one block they read the same tile, which then stays in registers.
-    total = tl.zeros((BLOCK_M, 1), tl.float32)
-    for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
-        inside = (rows < num_rows) & (start + block < HIDDEN_SIZE)
-        hidden = _hidden(x_rows, bias_ptr, residual_rows, stride_x, stride_residual, start + block, inside)
-        total += tl.sum(hidden, axis=1, keep_dims=True)
-    mean = total / HIDDEN_SIZE
-
-    total = tl.zeros((BLOCK_M, 1), tl.float32)
-    for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
-        inside = (rows < num_rows) & (start + block < HIDDEN_SIZE)
-        hidden = _hidden(x_rows, bias_ptr, residual_rows, stride_x, stride_residual, start + block, inside)
-        centred = tl.where(inside, hidden - mean, 0.0)
-        total += tl.sum(centred * centred, axis=1, keep_dims=True)
-    rstd = tl.rsqrt(total / HIDDEN_SIZE + eps)
-
-    inverse = 1.0
-    if codes_ptr is not None:
-        largest = tl.zeros((BLOCK_M, 1), tl.int32)
-        for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
-            channels = start + block
-            inside = (rows < num_rows) & (channels < HIDDEN_SIZE)
-            hidden = _hidden(x_rows, bias_ptr, residual_rows, stride_x, stride_residual, channels, inside)
-            out = normalised(hidden, mean, rstd, weight_ptr, layer_norm_bias_ptr, channels, channels < HIDDEN_SIZE)
-            largest = tl.maximum(largest, tl.max(magnitude_bits(out), axis=1, keep_dims=True))
-        scale = row_scale(largest)
-        tl.store(scales_ptr + rows, scale, mask=rows < num_rows)
-        inverse = 1.0 / scale
-
+    parts = ()
     for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
         channels = start + block
-        inside = (rows < num_rows) & (channels < HIDDEN_SIZE)
-        hidden = _hidden(x_rows, bias_ptr, residual_rows, stride_x, stride_residual, channels, inside)
-        out = normalised(hidden, mean, rstd, weight_ptr, layer_norm_bias_ptr, channels, channels < HIDDEN_SIZE)
-        tl.store(out_ptr + rows * HIDDEN_SIZE + channels, out, mask=inside)
-        if codes_ptr is not None:
-            tl.store(codes_ptr + rows * HIDDEN_SIZE + channels, (out * inverse).to(tl.float8e4nv), mask=inside)
+        inside = in_rows & (channels < HIDDEN_SIZE)
+        x = tl.load(x_rows + channels * stride_x, mask=inside, other=0.0).to(tl.float32)
+        residual = tl.load(residual_rows + channels * stride_residual, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + channels, mask=channels < HIDDEN_SIZE, other=0.0).to(tl.float32)
+        parts = parts + (x + bias + residual,)  # noqa: RUF005
+    store_normalised(
+        parts,
+        weight_ptr,
+        layer_norm_bias_ptr,
+        out_ptr,
+        codes_ptr,
+        scales_ptr,
+        rows,
+        in_rows,
+        block,
+        eps,
+        HIDDEN_SIZE,
+        BLOCK_N,
+    )
 
 
 def residual_layer_norm(

@@ -1,17 +1,63 @@
-"""How the kernels that read rows once, and hold them in registers, share them out among programs."""
+"""What the kernels share that read whole rows once and hold them in registers: how rows are cut, and their codes.
+
+In a kernel a row is a tuple of parts, tiles of BLOCK_M rows and BLOCK_N channels.
+"""
+
+# mypy: allow-untyped-defs
 
 import triton
+import triton.language as tl
 
-_MAX_BLOCK_N = 8192  # channels of a row held in registers
+_MAX_BLOCK_N = 8192
 
 # Elements a program: 32 for each of its 128 threads, so that each has four 16-byte loads of a 16-bit dtype in flight; 8
 # where the rows are too few to give every multiprocessor several such programs.
 _TILE, _SMALL_TILE = 4096, 1024
 _FEW_PROGRAMS = 512
 
+#: The largest value of a code.
+MAX_CODE = tl.constexpr(448.0)
+
+_INFINITY_BITS = tl.constexpr(0x7F800000)
+_TINY = tl.constexpr(2.0**-126)  # the smallest normal float32
+
 
 def blocks(num_rows: int, width: int) -> dict[str, int]:
-    """Rows and channels of a program's tile, and its warps; the tile is a whole row wide up to 8192 channels."""
-    block_n = min(triton.next_power_of_2(width), _MAX_BLOCK_N)
-    tile = _TILE if num_rows * block_n >= _TILE * _FEW_PROGRAMS else _SMALL_TILE
-    return {"BLOCK_M": max(1, tile // block_n), "BLOCK_N": block_n, "num_warps": 8 if block_n > 4096 else 4}
+    """Rows of a program, channels of a part, and warps, as options of a launch."""
+    whole = triton.next_power_of_2(width)
+    few = num_rows * whole < _TILE * _FEW_PROGRAMS
+    # A row of 3072 is three parts of 1024: in one of 4096 a quarter of the work would be on nothing. Where a program has
+    # several rows, parts would leave each warp one of them, and what is loaded once for all rows in another layout.
+    thirds = width == whole // 4 * 3 and whole >= _TILE and not few
+    return {
+        "BLOCK_M": max(1, (_SMALL_TILE if few else _TILE) // whole),
+        "BLOCK_N": min(whole // 4 if thirds else whole, _MAX_BLOCK_N),
+        "num_warps": 8 if whole > 4096 else 4,
+    }
+
+
+@triton.jit
+def _magnitude_bits(values):
+    """The bits of |values|, float32, as int32: they order as the magnitudes do, with infinity and NaN above all."""
+    return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def store_codes(parts, codes_ptr, scales_ptr, rows, in_rows, block, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store rows as float8 codes times a scale: max|row| / 448, 1 for zeros, NaN for what is not finite.
+
+    parts: of the rows, float32, zero past WIDTH. rows (BLOCK_M, 1), in_rows: their indices, and whether there are such.
+    block (1, BLOCK_N): channels of a part.
+    """
+    largest = _magnitude_bits(parts[0])
+    for index in tl.static_range(1, len(parts)):
+        largest = tl.maximum(largest, _magnitude_bits(parts[index]))
+    largest = tl.max(largest, axis=1, keep_dims=True)
+    scale = tl.maximum(largest.to(tl.float32, bitcast=True) / MAX_CODE, _TINY)
+    scale = tl.where(largest == 0, 1.0, tl.where(largest < _INFINITY_BITS, scale, float("nan")))
+    tl.store(scales_ptr + rows, scale, mask=in_rows)
+    inverse = 1.0 / scale
+    for index in tl.static_range(len(parts)):
+        channels = index * BLOCK_N + block
+        codes = (parts[index] * inverse).to(tl.float8e4nv)
+        tl.store(codes_ptr + rows * WIDTH + channels, codes, mask=in_rows & (channels < WIDTH))

@@ -1,6 +1,6 @@
 """What `bert-fast tune` measured on a GPU: for a product's shape, the way to run it. Read here, never measured.
 
-A table is a JSON file named after its GPU: the user's, in the cache folder, stands above the one in the package. It maps
+A table is a JSON file named after its GPU; the one in the user's cache stands above the one in the package. It maps
 a `key`, which holds a bucket of rows and never their number, to the launcher's configuration, or to null for the way
 that runs where there is no entry.
 """

@@ -43,26 +43,29 @@ def check(rows: list[dict[str, Any]], compute_capability: int) -> None:
         if row["op"] == "attention":
             expected = [] if row["dtype"] == "float32" else MATRIX_INSTRUCTION[compute_capability]
             assert row["matrix_instructions"] == expected, row
-        if row["op"] in ("bias_gelu", "residual_layer_norm", "embedding_layer_norm"):
+        if row["op"] == "linear_gelu":
+            assert row["matrix_instructions"] == MATRIX_INSTRUCTION[compute_capability], row
+        if row["op"] in ("bias_gelu", "residual_layer_norm", "embedding_layer_norm", "quantize_rows"):
             assert row["widest_load"] == 16, row  # lost when the divisibility of pointers and strides is
 
 
 @pytest.mark.parametrize("compute_capability", SHARED_BYTES)
 def test_kernels_compile_as_meant(compute_capability: int) -> None:
     rows = compiled(compute_capability)
-    assert {row["op"] for row in rows} == {
-        "attention",
-        "bias_gelu",
-        "embedding_layer_norm",
-        "pooling",
-        "residual_layer_norm",
-    }
+    expected = {"attention", "bias_gelu", "embedding_layer_norm", "pooling", "residual_layer_norm"}
+    expected |= {"linear_gelu"} if compute_capability >= 80 else set()
+    expected |= {"quantize_rows"} if compute_capability >= 90 else set()
+    assert {row["op"] for row in rows} == expected
     check(rows, compute_capability)
     for row in rows:
         if row["op"] == "residual_layer_norm":
             assert row["loads"] == 5, row  # the three passes share one read of x, bias, residual; weight, its bias
         if row["op"] == "embedding_layer_norm":
             assert row["loads"] == 8, row  # three ids, three rows, weight, its bias
+        if row["op"] == "bias_gelu":
+            assert row["loads"] == (6 if True in row["options"] else 2), row  # x and the bias; in three parts for float8
+        if row["op"] == "quantize_rows":
+            assert row["loads"] == 3, row  # in three parts
 
 
 @pytest.mark.slow

@@ -90,10 +90,10 @@ def _quantized_bias_gelu_kernel(
         parts = parts + (out,)  # noqa: RUF005
     store_codes(parts, codes_ptr, scales_ptr, rows, in_rows, block, NUM_FEATURES, BLOCK_N)
     if out_ptr is not None:
-        for index in tl.static_range(len(parts)):
-            features = index * BLOCK_N + block
-            out_row = out_ptr + rows * NUM_FEATURES
-            tl.store(out_row + features, parts[index], mask=in_rows & (features < NUM_FEATURES))
+        for start in tl.static_range(0, NUM_FEATURES, BLOCK_N):
+            features = start + block
+            out_rows = out_ptr + rows * NUM_FEATURES
+            tl.store(out_rows + features, parts[start // BLOCK_N], mask=in_rows & (features < NUM_FEATURES))
 
 
 def bias_gelu(

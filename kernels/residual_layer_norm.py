@@ -28,26 +28,26 @@ def store_normalised(
 ):
     """Store the LayerNorm of rows, and as float8 codes if there are `codes_ptr`; arguments as of `store_codes`."""
     total = parts[0]
-    for index in tl.static_range(1, len(parts)):
-        total += parts[index]
+    for start in tl.static_range(BLOCK_N, HIDDEN_SIZE, BLOCK_N):
+        total += parts[start // BLOCK_N]
     mean = tl.sum(total, axis=1, keep_dims=True) / HIDDEN_SIZE
 
     squares = tl.zeros_like(parts[0])
-    for index in tl.static_range(len(parts)):
-        centred = tl.where(index * BLOCK_N + block < HIDDEN_SIZE, parts[index] - mean, 0.0)
+    for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
+        centred = tl.where(start + block < HIDDEN_SIZE, parts[start // BLOCK_N] - mean, 0.0)
         squares += centred * centred
     rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / HIDDEN_SIZE + eps)
 
     normalised = ()
-    for index in tl.static_range(len(parts)):
-        channels = index * BLOCK_N + block
+    for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
+        channels = start + block
         weight = tl.load(weight_ptr + channels, mask=channels < HIDDEN_SIZE, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + channels, mask=channels < HIDDEN_SIZE, other=0.0).to(tl.float32)
-        normalised = normalised + ((parts[index] - mean) * rstd * weight + bias,)  # noqa: RUF005
-    for index in tl.static_range(len(parts)):
-        channels = index * BLOCK_N + block
+        normalised = normalised + ((parts[start // BLOCK_N] - mean) * rstd * weight + bias,)  # noqa: RUF005
+    for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
+        channels = start + block
         out_rows = out_ptr + rows * HIDDEN_SIZE
-        tl.store(out_rows + channels, normalised[index], mask=in_rows & (channels < HIDDEN_SIZE))
+        tl.store(out_rows + channels, normalised[start // BLOCK_N], mask=in_rows & (channels < HIDDEN_SIZE))
     if codes_ptr is not None:
         store_codes(normalised, codes_ptr, scales_ptr, rows, in_rows, block, HIDDEN_SIZE, BLOCK_N)
 

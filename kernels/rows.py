@@ -26,8 +26,8 @@ def blocks(num_rows: int, width: int) -> dict[str, int]:
     """Rows of a program, channels of a part, and warps, as options of a launch."""
     whole = triton.next_power_of_2(width)
     few = num_rows * whole < _TILE * _FEW_PROGRAMS
-    # A row of 3072 is three parts of 1024: in one of 4096 a quarter of the work would be on nothing. Where a program has
-    # several rows, parts would leave each warp one of them, and what is loaded once for all rows in another layout.
+    # A row of 3072 is three parts of 1024: in one of 4096 a quarter of the work would be on nothing. If a program has
+    # several rows, parts would give each warp a row, and what is loaded once for all rows another layout.
     thirds = width == whole // 4 * 3 and whole >= _TILE and not few
     return {
         "BLOCK_M": max(1, (_SMALL_TILE if few else _TILE) // whole),
@@ -50,14 +50,14 @@ def store_codes(parts, codes_ptr, scales_ptr, rows, in_rows, block, WIDTH: tl.co
     block (1, BLOCK_N): channels of a part.
     """
     largest = _magnitude_bits(parts[0])
-    for index in tl.static_range(1, len(parts)):
-        largest = tl.maximum(largest, _magnitude_bits(parts[index]))
+    for start in tl.static_range(BLOCK_N, WIDTH, BLOCK_N):
+        largest = tl.maximum(largest, _magnitude_bits(parts[start // BLOCK_N]))
     largest = tl.max(largest, axis=1, keep_dims=True)
     scale = tl.maximum(largest.to(tl.float32, bitcast=True) / MAX_CODE, _TINY)
     scale = tl.where(largest == 0, 1.0, tl.where(largest < _INFINITY_BITS, scale, float("nan")))
     tl.store(scales_ptr + rows, scale, mask=in_rows)
     inverse = 1.0 / scale
-    for index in tl.static_range(len(parts)):
-        channels = index * BLOCK_N + block
-        codes = (parts[index] * inverse).to(tl.float8e4nv)
+    for start in tl.static_range(0, WIDTH, BLOCK_N):
+        channels = start + block
+        codes = (parts[start // BLOCK_N] * inverse).to(tl.float8e4nv)
         tl.store(codes_ptr + rows * WIDTH + channels, codes, mask=in_rows & (channels < WIDTH))

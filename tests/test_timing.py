@@ -50,6 +50,16 @@ def test_compare_repeats_short_calls_within_a_sample(clock: SimpleNamespace) -> 
     assert timings["long"].median == 2.0
 
 
+def test_a_shorter_sample_takes_fewer_calls(clock: SimpleNamespace) -> None:
+    def contender() -> torch.Tensor:
+        clock.now += 2.0**-10
+        return torch.ones(2)
+
+    call = Call(contender, min_sample=2.0**-8)
+    call.warm_up(1)
+    assert call.count == 4
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

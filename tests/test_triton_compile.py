@@ -63,7 +63,9 @@ def test_kernels_compile_as_meant(compute_capability: int) -> None:
         if row["op"] == "embedding_layer_norm":
             assert row["loads"] == 8, row  # three ids, three rows, weight, its bias
         if row["op"] == "bias_gelu":
-            assert row["loads"] == (6 if True in row["options"] else 2), row  # x and the bias; in three parts for float8
+            assert row["loads"] == (6 if True in row["options"] else 2), (
+                row
+            )  # x and the bias; in three parts for float8
         if row["op"] == "quantize_rows":
             assert row["loads"] == 3, row  # in three parts
 

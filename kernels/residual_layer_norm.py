@@ -1,6 +1,6 @@
 """LayerNorm(x + bias + residual) in Triton: each program normalises a few whole rows."""
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, disable-error-code=assignment
 
 import torch
 import triton
@@ -9,6 +9,16 @@ from torch import Tensor
 
 from bert_fast.kernels.quantize import check_codes
 from bert_fast.kernels.rows import blocks, store_codes
+
+
+@triton.jit
+def load_vector(vector_ptr, channels, rows, HIDDEN_SIZE: tl.constexpr):
+    """One vector for every row, float32 (BLOCK_M, BLOCK_N), zero past HIDDEN_SIZE.
+
+    Each row reads it, from the nearest cache: so no value has to go from one thread to another.
+    """
+    channels = tl.broadcast_to(channels, (rows.shape[0], channels.shape[1]))
+    return tl.load(vector_ptr + channels, mask=channels < HIDDEN_SIZE, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -41,9 +51,9 @@ def store_normalised(
     normalised = ()
     for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
         channels = start + block
-        weight = tl.load(weight_ptr + channels, mask=channels < HIDDEN_SIZE, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + channels, mask=channels < HIDDEN_SIZE, other=0.0).to(tl.float32)
-        normalised = normalised + ((parts[start // BLOCK_N] - mean) * rstd * weight + bias,)  # noqa: RUF005
+        weight = load_vector(weight_ptr, channels, rows, HIDDEN_SIZE)
+        bias = load_vector(bias_ptr, channels, rows, HIDDEN_SIZE)
+        normalised = normalised + ((parts[start // BLOCK_N] - mean) * rstd * weight + bias,)
     for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
         channels = start + block
         out_rows = out_ptr + rows * HIDDEN_SIZE
@@ -83,8 +93,8 @@ def _residual_layer_norm_kernel(
         inside = in_rows & (channels < HIDDEN_SIZE)
         x = tl.load(x_rows + channels * stride_x, mask=inside, other=0.0).to(tl.float32)
         residual = tl.load(residual_rows + channels * stride_residual, mask=inside, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + channels, mask=channels < HIDDEN_SIZE, other=0.0).to(tl.float32)
-        parts = parts + (x + bias + residual,)  # noqa: RUF005
+        bias = load_vector(bias_ptr, channels, rows, HIDDEN_SIZE)
+        parts = parts + (x + bias + residual,)
     store_normalised(
         parts,
         weight_ptr,

@@ -1,6 +1,7 @@
 """What the kernels share that read whole rows once and hold them in registers: how rows are cut, and their codes.
 
-In a kernel a row is a tuple of parts, tiles of BLOCK_M rows and BLOCK_N channels.
+In a kernel rows are a tuple of parts, tiles of BLOCK_M rows and BLOCK_N channels, of 8 elements a thread: one 16-byte
+load of a 16-bit dtype. With 768 or 1024 channels a warp has one row of each part, so that no warp waits for another.
 """
 
 # mypy: allow-untyped-defs
@@ -8,10 +9,8 @@ In a kernel a row is a tuple of parts, tiles of BLOCK_M rows and BLOCK_N channel
 import triton
 import triton.language as tl
 
-_MAX_BLOCK_N = 8192
-
-# Elements a program: 32 for each of its 128 threads, so that each has four 16-byte loads of a 16-bit dtype in flight; 8
-# where the rows are too few to give every multiprocessor several such programs.
+# Elements a program: four such loads a thread in flight, or one where the rows are too few to give every multiprocessor
+# several programs.
 _TILE, _SMALL_TILE = 4096, 1024
 _FEW_PROGRAMS = 512
 
@@ -25,15 +24,10 @@ _TINY = tl.constexpr(2.0**-126)  # the smallest normal float32
 def blocks(num_rows: int, width: int) -> dict[str, int]:
     """Rows of a program, channels of a part, and warps, as options of a launch."""
     whole = triton.next_power_of_2(width)
-    few = num_rows * whole < _TILE * _FEW_PROGRAMS
-    # A row of 3072 is three parts of 1024: in one of 4096 a quarter of the work would be on nothing. If a program has
-    # several rows, parts would give each warp a row, and what is loaded once for all rows another layout.
-    thirds = width == whole // 4 * 3 and whole >= _TILE and not few
-    return {
-        "BLOCK_M": max(1, (_SMALL_TILE if few else _TILE) // whole),
-        "BLOCK_N": min(whole // 4 if thirds else whole, _MAX_BLOCK_N),
-        "num_warps": 8 if whole > 4096 else 4,
-    }
+    num_warps = 8 if whole > _TILE else 4
+    tile = _SMALL_TILE if num_rows * whole < _TILE * _FEW_PROGRAMS else _TILE
+    block_m = max(1, tile // whole)
+    return {"BLOCK_M": block_m, "BLOCK_N": min(whole, 8 * 32 * num_warps // block_m), "num_warps": num_warps}
 
 
 @triton.jit

@@ -26,8 +26,9 @@ def blocks(num_rows: int, width: int) -> dict[str, int]:
     whole = triton.next_power_of_2(width)
     num_warps = 8 if whole > _TILE else 4
     tile = _SMALL_TILE if num_rows * whole < _TILE * _FEW_PROGRAMS else _TILE
-    block_m = max(1, tile // whole)
-    return {"BLOCK_M": block_m, "BLOCK_N": min(whole, 8 * 32 * num_warps // block_m), "num_warps": num_warps}
+    part = 8 * 32 * num_warps
+    block_m = max(1, min(tile // whole, part // 8))
+    return {"BLOCK_M": block_m, "BLOCK_N": min(whole, part // block_m), "num_warps": num_warps}
 
 
 @triton.jit

@@ -44,6 +44,15 @@ def _interpreter_rounds_to_float8(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
+@pytest.fixture(params=[False, True], ids=["few rows", "many rows"])
+def _rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in one part, or in several as where there are many of them."""
+    from bert_fast.kernels import rows
+
+    if request.param:
+        monkeypatch.setattr(rows, "_FEW_PROGRAMS", 0)
+
+
 def empty_codes(*shape: int) -> tuple[Tensor, Tensor]:
     """Codes and scales that hold NaN until a kernel writes them."""
     codes = torch.full(shape, float("nan"), device=DEVICE).to(FLOAT8)
@@ -63,6 +72,7 @@ def assert_quantized(codes: Tensor, scales: Tensor, rows: Tensor, slack: float =
     assert (codes.abs().amax(1) == torch.where(largest > 0, 448.0, 0.0)[:, 0]).all()
 
 
+@pytest.mark.usefixtures("_rows")
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS.keys())
 @pytest.mark.parametrize("triton", TRITON)
 def test_rows(triton: Implementation, width: int) -> None:
@@ -141,6 +151,7 @@ def test_zero_size(shape: tuple[int, int]) -> None:
     assert scales.shape == (shape[0], 1)
 
 
+@pytest.mark.usefixtures("_rows")
 @pytest.mark.parametrize("shape", [(17, 384), (3, 5), (2, 3, 40), (2, 8200)], ids=str)
 @pytest.mark.parametrize("triton", TRITON)
 def test_residual_layer_norm(triton: Implementation, shape: tuple[int, ...]) -> None:
@@ -155,6 +166,7 @@ def test_residual_layer_norm(triton: Implementation, shape: tuple[int, ...]) -> 
     assert_quantized(codes, scales, truth, slack=2e-6)  # what float32 loses in a LayerNorm
 
 
+@pytest.mark.usefixtures("_rows")
 @pytest.mark.parametrize("hidden_size", [384, 5, 8200])
 @pytest.mark.parametrize("triton", TRITON)
 def test_embedding_layer_norm(triton: Implementation, hidden_size: int) -> None:
@@ -169,6 +181,7 @@ def test_embedding_layer_norm(triton: Implementation, hidden_size: int) -> None:
     assert_quantized(codes, scales, embedding_layer_norm(*double), slack=2e-6)
 
 
+@pytest.mark.usefixtures("_rows")
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("shape", [(6, 1536), (3, 5), (2, 3, 40), (2, 8200)], ids=str)
 @pytest.mark.parametrize("triton", TRITON)

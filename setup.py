@@ -63,6 +63,6 @@ setup(
     version=version(),
     # `kernels` is a folder without __init__.py behind a symlink, so that it never shadows the package of that name.
     packages=[*find_packages(include=["bert_fast*"]), "bert_fast.kernels"],
-    package_data={"bert_fast": ["py.typed", "*.pyi", "data/*"]},
+    package_data={"bert_fast": ["py.typed", "*.pyi", "data/*"], "bert_fast.kernels": ["tables/*.json"]},
     **extension(),
 )

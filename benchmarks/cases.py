@@ -106,6 +106,7 @@ KERNELS = (
     *(KernelCase("attention", case, "float16") for case in ("256x512", "1024x128")),
     KernelCase("residual_layer_norm", "1024x128", "float16"),
     KernelCase("residual_layer_norm", "1024x128", width=768),
+    KernelCase("linear_gelu", "128x128"),
     KernelCase("pooling", "squad728"),
 )
 
@@ -115,7 +116,7 @@ QUICK_KERNELS = (
     KernelCase("attention", "mix5", "float32", width=64),
     *(
         KernelCase(op, "mix4", width=64)
-        for op in ("residual_layer_norm", "embedding_layer_norm", "bias_gelu", "pooling")
+        for op in ("residual_layer_norm", "embedding_layer_norm", "bias_gelu", "linear_gelu", "pooling")
     ),
 )
 

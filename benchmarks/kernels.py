@@ -14,10 +14,14 @@ from torch import Tensor
 
 from benchmarks.cases import KernelCase
 from benchmarks.processes import Spec
+from bert_fast import ops
 from bert_fast.benchmarking import Work, parse_case
 from bert_fast.ops._dispatch import Op, Traits
 
 HEAD_DIM = 64
+
+#: Output features of `linear_gelu`, per input feature.
+WIDER = 4
 
 #: Rows of the word table: multilingual BERT's, several times any L2 at its width.
 VOCAB_SIZE, MAX_POSITIONS, TYPES = 119_547, 512, 2
@@ -54,7 +58,7 @@ def arguments(case: KernelCase, device: str, seed: int = 0) -> Arguments:
     match case.op:
         case "attention":
             qkv = random(tokens, 3, width // HEAD_DIM, HEAD_DIM).unbind(1)  # as a fused projection leaves them
-            return (*qkv, cu_seqlens, max(lengths), None, HEAD_DIM**-0.5, 0.0)
+            return (*qkv, cu_seqlens, max(lengths), None, HEAD_DIM**-0.5, 0.0, None, None)
         case "residual_layer_norm":
             return random(tokens, width), random(width), random(tokens, width), random(width), random(width), 1e-12, 0.0
         case "embedding_layer_norm":
@@ -64,6 +68,8 @@ def arguments(case: KernelCase, device: str, seed: int = 0) -> Arguments:
             return ids(VOCAB_SIZE), positions, ids(TYPES), *tables, random(width), random(width), 1e-12, 0.0, None
         case "bias_gelu":
             return random(tokens, width), random(width), "none"
+        case "linear_gelu":
+            return random(tokens, width), width**-0.5 * random(WIDER * width, width), random(WIDER * width), "none"
         case "pooling":
             return random(tokens, width), cu_seqlens, "mean"
     raise ValueError(f"op is {case.op!r}, expected one that arguments() knows")
@@ -86,6 +92,8 @@ def work(case: KernelCase) -> Work:
             moved = 2 * tokens * row + 3 * tokens * 8  # three int64 ids
         case "bias_gelu":
             moved = 2 * tokens * row
+        case "linear_gelu":
+            flops, moved = 2 * WIDER * tokens * case.width**2, (tokens * (1 + WIDER) + WIDER * case.width) * row
         case "pooling":
             moved = (tokens + len(batch.lengths)) * row
     return Work(case.op, case.name, case.dtype, tokens, batch.num_padded_tokens, flops, moved)
@@ -124,9 +132,15 @@ class Runner:
 
 
 def _ours(case: KernelCase, given: Arguments) -> Callable[[], Tensor]:
-    """The implementation itself, without the checks of its public function."""
+    """The implementation itself, without the checks of its public function.
+
+    Attention has its schedule, which a model makes once for all layers.
+    """
     traits = Traits(head_dim=HEAD_DIM) if case.op == "attention" else Traits()
     device = next(value.device.type for value in given if isinstance(value, Tensor))
+    if case.op == "attention":
+        q, _, _, cu_seqlens, longest, *_ = given
+        given = (*given[:-1], ops.attention_schedule(q, cu_seqlens, longest))
     return partial(op_of(case).select(device, getattr(torch, case.dtype), traits).run, *given)
 
 

@@ -201,3 +201,33 @@ def bench(
     except WrongAnswerError as error:
         print(f"bert-fast: not timed, the answers differ: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+@command
+def tune(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A folder, a Hub id or demo, whose shapes are measured.",
+            show_default="MiniLM, BERT-base and BERT-large",
+        ),
+    ] = None,
+    dtype: Annotated[list[str], typer.Option(help="float16 or bfloat16; may be given twice.")] = [  # noqa: B006
+        "float16",
+        "bfloat16",
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the table.", show_default="the user's cache")
+    ] = None,
+) -> None:
+    """Measure, on this machine's GPU, which way each product is the fastest, for all later runs."""
+    from bert_fast.timing import WrongAnswerError
+    from bert_fast.tuning import tune
+
+    try:
+        print(f"written: {tune(model or (), dtype, output)}")
+    except WrongAnswerError as error:
+        print(f"bert-fast: not timed, the answers differ: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None

@@ -43,9 +43,23 @@ def _machine() -> str:
             gpu = torch.cuda.get_device_properties(index)
             facts.append((f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"))
             facts.append(("", f"packed weights in {_gpu_precisions(gpu.name, (gpu.major, gpu.minor))}"))
+            facts.append((f"GPU {index}'s table", _table(gpu.name)))
     else:
         facts.append(("GPU", "none that torch can use"))
     return _section("Machine", facts)
+
+
+def _table(gpu: str) -> str:
+    """How many shapes of products were measured on a GPU."""
+    try:
+        tuned = importlib.import_module("bert_fast.kernels.tuned")
+    except ImportError as error:
+        return f"none: {error}"
+    entries = tuned.table(gpu)
+    chosen = sum(config is not None for config in entries.values())
+    if not entries:
+        return "none: linear_gelu runs cuBLAS and a pass (`bert-fast tune` measures)"
+    return f"{len(entries)} shapes of linear_gelu measured, an epilogue chosen for {chosen}"
 
 
 def _cpu_model() -> str:

@@ -75,15 +75,19 @@ class Contender(Protocol):
         """Make so many untimed calls, and find out how many a sample needs."""
 
     def sample(self) -> float:
-        """Seconds per call, over at least `MIN_SAMPLE` seconds of calls."""
+        """Seconds per call, over at least `MIN_SAMPLE` seconds of calls if nothing else is said."""
 
 
 @dataclass
 class Call:
-    """A contender in this process: a function, and the device it runs on; on "cuda" the device's own clock times it."""
+    """A contender in this process: a function, and the device it runs on; on "cuda" the device's own clock times it.
+
+    `min_sample` is its shortest sample, in seconds.
+    """
 
     function: Callable[[], Tensor]
     device: torch.device | str = "cpu"
+    min_sample: float = MIN_SAMPLE
     count: int = field(default=1, init=False)
 
     def answer(self) -> Tensor:
@@ -94,7 +98,7 @@ class Call:
         """See `Contender`."""
         for _ in range(calls):
             self.function()
-        self.count = max(1, math.ceil(MIN_SAMPLE / self._seconds(1)))
+        self.count = max(1, math.ceil(self.min_sample / self._seconds(1)))
 
     def sample(self) -> float:
         """See `Contender`."""

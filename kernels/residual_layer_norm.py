@@ -1,23 +1,65 @@
 """LayerNorm(x + bias + residual) in Triton: each program normalises a few whole rows."""
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, disable-error-code=assignment
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 1024  # elements a program at least; 8 for each of its 128 threads, one 16-byte load of a 16-bit dtype
-_MAX_BLOCK_N = 8192  # channels of a row held in registers
+from bert_fast.kernels.quantize import check_codes
+from bert_fast.kernels.rows import blocks, store_codes
 
 
 @triton.jit
-def _hidden(x_rows, bias_ptr, residual_rows, stride_x, stride_residual, channels, inside):
-    """x + bias + residual in float32, zero where not `inside`: (BLOCK_M, BLOCK_N)."""
-    x = tl.load(x_rows + channels * stride_x, mask=inside, other=0.0).to(tl.float32)
-    residual = tl.load(residual_rows + channels * stride_residual, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
-    return x + bias + residual
+def load_vector(vector_ptr, channels, rows, HIDDEN_SIZE: tl.constexpr):
+    """One vector for every row, float32 (BLOCK_M, BLOCK_N), zero past HIDDEN_SIZE.
+
+    Each row reads it, from the nearest cache: so no value has to go from one thread to another.
+    """
+    channels = tl.broadcast_to(channels, (rows.shape[0], channels.shape[1]))
+    return tl.load(vector_ptr + channels, mask=channels < HIDDEN_SIZE, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_normalised(
+    parts,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    codes_ptr,
+    scales_ptr,
+    rows,
+    in_rows,
+    block,
+    eps,
+    HIDDEN_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Store the LayerNorm of rows, and as float8 codes if there are `codes_ptr`; arguments as of `store_codes`."""
+    total = parts[0]
+    for start in tl.static_range(BLOCK_N, HIDDEN_SIZE, BLOCK_N):
+        total += parts[start // BLOCK_N]
+    mean = tl.sum(total, axis=1, keep_dims=True) / HIDDEN_SIZE
+
+    squares = tl.zeros_like(parts[0])
+    for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
+        centred = tl.where(start + block < HIDDEN_SIZE, parts[start // BLOCK_N] - mean, 0.0)
+        squares += centred * centred
+    rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / HIDDEN_SIZE + eps)
+
+    normalised = ()
+    for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
+        channels = start + block
+        weight = load_vector(weight_ptr, channels, rows, HIDDEN_SIZE)
+        bias = load_vector(bias_ptr, channels, rows, HIDDEN_SIZE)
+        normalised = normalised + ((parts[start // BLOCK_N] - mean) * rstd * weight + bias,)
+    for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
+        channels = start + block
+        out_rows = out_ptr + rows * HIDDEN_SIZE
+        tl.store(out_rows + channels, normalised[start // BLOCK_N], mask=in_rows & (channels < HIDDEN_SIZE))
+    if codes_ptr is not None:
+        store_codes(normalised, codes_ptr, scales_ptr, rows, in_rows, block, HIDDEN_SIZE, BLOCK_N)
 
 
 @triton.jit
@@ -28,6 +70,8 @@ def _residual_layer_norm_kernel(
     weight_ptr,
     layer_norm_bias_ptr,
     out_ptr,
+    codes_ptr,
+    scales_ptr,
     num_rows,
     stride_x_row,
     stride_x,
@@ -39,33 +83,32 @@ def _residual_layer_norm_kernel(
     BLOCK_N: tl.constexpr,
 ):
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    in_rows = rows < num_rows
+    block = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
     x_rows = x_ptr + rows * stride_x_row
     residual_rows = residual_ptr + rows * stride_residual_row
-    block = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
-
-    # Three passes over the row. Where it fits in one block they read the same tile, which then stays in registers.
-    total = tl.zeros((BLOCK_M, 1), tl.float32)
-    for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
-        inside = (rows < num_rows) & (start + block < HIDDEN_SIZE)
-        hidden = _hidden(x_rows, bias_ptr, residual_rows, stride_x, stride_residual, start + block, inside)
-        total += tl.sum(hidden, axis=1, keep_dims=True)
-    mean = total / HIDDEN_SIZE
-
-    total = tl.zeros((BLOCK_M, 1), tl.float32)
-    for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
-        inside = (rows < num_rows) & (start + block < HIDDEN_SIZE)
-        hidden = _hidden(x_rows, bias_ptr, residual_rows, stride_x, stride_residual, start + block, inside)
-        centred = tl.where(inside, hidden - mean, 0.0)
-        total += tl.sum(centred * centred, axis=1, keep_dims=True)
-    rstd = tl.rsqrt(total / HIDDEN_SIZE + eps)
-
+    parts = ()
     for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
         channels = start + block
-        inside = (rows < num_rows) & (channels < HIDDEN_SIZE)
-        hidden = _hidden(x_rows, bias_ptr, residual_rows, stride_x, stride_residual, channels, inside)
-        weight = tl.load(weight_ptr + channels, mask=channels < HIDDEN_SIZE, other=0.0).to(tl.float32)
-        bias = tl.load(layer_norm_bias_ptr + channels, mask=channels < HIDDEN_SIZE, other=0.0).to(tl.float32)
-        tl.store(out_ptr + rows * HIDDEN_SIZE + channels, (hidden - mean) * rstd * weight + bias, mask=inside)
+        inside = in_rows & (channels < HIDDEN_SIZE)
+        x = tl.load(x_rows + channels * stride_x, mask=inside, other=0.0).to(tl.float32)
+        residual = tl.load(residual_rows + channels * stride_residual, mask=inside, other=0.0).to(tl.float32)
+        bias = load_vector(bias_ptr, channels, rows, HIDDEN_SIZE)
+        parts = parts + (x + bias + residual,)
+    store_normalised(
+        parts,
+        weight_ptr,
+        layer_norm_bias_ptr,
+        out_ptr,
+        codes_ptr,
+        scales_ptr,
+        rows,
+        in_rows,
+        block,
+        eps,
+        HIDDEN_SIZE,
+        BLOCK_N,
+    )
 
 
 def residual_layer_norm(
@@ -77,6 +120,8 @@ def residual_layer_norm(
     eps: float,
     dropout_p: float,
     out: Tensor | None = None,
+    codes: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """LayerNorm(x + bias + residual) over the last dimension, computed in float32.
 
@@ -86,37 +131,40 @@ def residual_layer_norm(
         eps: added to the variance.
         dropout_p: 0.
         out: where the result goes; may be x or residual.
+        codes, scales: if given, the result goes there too, quantised before it is rounded to x's dtype, as
+            `quantize_rows` does: contiguous float8_e4m3fn of x's shape, and float32 (rows, 1).
 
     Returns:
         A contiguous tensor of x's shape and dtype.
 
     Raises:
-        ValueError: dropout_p is not 0.
+        ValueError: dropout_p is not 0, or codes or scales is not such a tensor.
     """
     if dropout_p > 0:
         raise ValueError(f"residual_layer_norm: dropout_p is {dropout_p}, the Triton kernel has no dropout")
     out = x.new_empty(x.shape) if out is None else out
     if out.numel() == 0:
         return out
+    if codes is not None:
+        check_codes("residual_layer_norm", x, codes, scales)
     hidden_size = x.shape[-1]
     x, residual = x.reshape(-1, hidden_size), residual.reshape(-1, hidden_size)
-    block_n = min(triton.next_power_of_2(hidden_size), _MAX_BLOCK_N)
-    block_m = max(1, _TILE // block_n)
+    shape = blocks(x.shape[0], hidden_size)
     with torch.cuda.device_of(x):
-        _residual_layer_norm_kernel[(triton.cdiv(x.shape[0], block_m),)](
+        _residual_layer_norm_kernel[(triton.cdiv(x.shape[0], shape["BLOCK_M"]),)](
             x,
             bias.contiguous(),
             residual,
             weight.contiguous(),
             layer_norm_bias.contiguous(),
             out,
+            codes,
+            scales,
             x.shape[0],
             *x.stride(),
             *residual.stride(),
             eps,
             HIDDEN_SIZE=hidden_size,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            num_warps=8 if block_n > 2048 else 4,
+            **shape,
         )
     return out

@@ -38,7 +38,7 @@ COMPUTE_CAPABILITIES = (75, 80, 90, 100)
 COUNTS = ("registers", "spilled_bytes", "shared_bytes")
 KEPT = Path(__file__).parent.parent / "benchmarks" / "results" / "compile.json"
 
-NUM_TOKENS, MODES = 512, ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean")
+NUM_TOKENS, NUM_ROWS, MODES = 512, 8192, ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean")
 
 
 class AbsentGpu:
@@ -57,19 +57,38 @@ class AbsentGpu:
         return 0
 
 
-def bias_gelu(dtype: torch.dtype, approximate: str) -> list[Any]:
-    return [torch.empty(NUM_TOKENS, 3072, dtype=dtype), torch.empty(3072, dtype=dtype), approximate]
+def float8(rows: int, width: int) -> list[Tensor]:
+    return [torch.empty(rows, width, dtype=torch.float8_e4m3fn), torch.empty(rows, 1)]
 
 
-def residual_layer_norm(dtype: torch.dtype, hidden_size: int) -> list[Any]:
-    x, vector = torch.empty(NUM_TOKENS, hidden_size, dtype=dtype), torch.empty(hidden_size, dtype=dtype)
-    return [x, vector, x, vector, vector, 1e-12, 0.0]
+def bias_gelu(dtype: torch.dtype, approximate: str, quantized: bool = False) -> list[Any]:
+    arguments = [torch.empty(NUM_ROWS, 3072, dtype=dtype), torch.empty(3072, dtype=dtype), approximate]
+    return [*arguments, None, *float8(NUM_ROWS, 3072)] if quantized else arguments
 
 
-def embedding_layer_norm(dtype: torch.dtype, hidden_size: int) -> list[Any]:
-    ids, table = torch.zeros(NUM_TOKENS, dtype=torch.int64), torch.empty(NUM_TOKENS, hidden_size, dtype=dtype)
+def residual_layer_norm(
+    dtype: torch.dtype, hidden_size: int, quantized: bool = False, rows: int = NUM_ROWS
+) -> list[Any]:
+    x, vector = torch.empty(rows, hidden_size, dtype=dtype), torch.empty(hidden_size, dtype=dtype)
+    arguments = [x, vector, x, vector, vector, 1e-12, 0.0]
+    return [*arguments, None, *float8(rows, hidden_size)] if quantized else arguments
+
+
+def embedding_layer_norm(dtype: torch.dtype, hidden_size: int, quantized: bool = False) -> list[Any]:
+    ids, table = torch.zeros(NUM_ROWS, dtype=torch.int64), torch.empty(NUM_ROWS, hidden_size, dtype=dtype)
     vector = torch.empty(hidden_size, dtype=dtype)
-    return [ids, ids, ids, table, table, table, vector, vector, 1e-12, 0.0]
+    arguments = [ids, ids, ids, table, table, table, vector, vector, 1e-12, 0.0]
+    return [*arguments, *float8(NUM_ROWS, hidden_size)] if quantized else arguments
+
+
+def quantize_rows(dtype: torch.dtype, width: int) -> list[Any]:
+    return [torch.empty(NUM_ROWS, width, dtype=dtype)]
+
+
+def linear_gelu(dtype: torch.dtype, in_features: int, approximate: str, *config: int) -> list[Any]:
+    x, weight = torch.empty(NUM_ROWS, in_features, dtype=dtype), torch.empty(3072, in_features, dtype=dtype)
+    bias, out = torch.empty(3072, dtype=dtype), torch.empty(NUM_ROWS, 3072, dtype=dtype)
+    return [x, weight, bias, approximate, out, importlib.import_module("bert_fast.kernels.linear_gelu").Config(*config)]
 
 
 def pooling(dtype: torch.dtype, mode: str) -> list[Any]:
@@ -137,6 +156,30 @@ def key(row: dict[str, Any]) -> str:
     return " ".join(map(str, [row["op"], row["dtype"], *row["options"]]))
 
 
+def cases_by_gpu(compute_capability: int, sweep: bool) -> Iterator[tuple[Any, ...]]:
+    """More of them, of what not every GPU has: products with an epilogue from 8.0 on, float8 from 9.0 on."""
+    shared_bytes = (227 if compute_capability >= 90 else 99) * 1024
+    candidates = importlib.import_module("bert_fast.kernels.linear_gelu").candidates(compute_capability, shared_bytes)
+    if sweep:
+        yield from ((linear_gelu, torch.float16, 1024, "none", *config) for config in candidates)
+        yield from ((linear_gelu, torch.float16, 72, "tanh", *config) for config in candidates[-1:])
+    else:
+        yield from (
+            (linear_gelu, torch.bfloat16, 768, "none", *config) for config in (*candidates[:1], *candidates[-1:])
+        )
+        yield (residual_layer_norm, torch.float16, 768, False, 16)
+    if compute_capability >= 90:
+        yield from ((op, torch.float16, 768, True) for op in (residual_layer_norm, embedding_layer_norm))
+        yield from [
+            (bias_gelu, torch.bfloat16 if sweep else torch.float16, "none", True),
+            (quantize_rows, torch.float16, 3072),
+        ]
+
+
+#: Module and name of the launcher, where they are not those of the function above.
+LAUNCHERS = {"linear_gelu": ("linear_gelu", "by_epilogue"), "quantize_rows": ("quantize", "quantize_rows")}
+
+
 def resources(cubin: bytes) -> dict[str, int]:
     """Registers of a thread, and bytes of its stack: the kernels keep nothing there but what ptxas spills."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -170,10 +213,11 @@ def compile_cases(compute_capability: int, sweep: bool) -> Iterator[dict[str, An
 
     dtypes = [torch.float16, torch.float32] + [torch.bfloat16] * (compute_capability >= 80 and not sweep)
     compiled: list[Any] = []
-    for make, dtype, *options in cases(dtypes, sweep):
+    for make, dtype, *options in itertools.chain(cases(dtypes, sweep), cases_by_gpu(compute_capability, sweep)):
         op = make.__name__
+        module, launcher = LAUNCHERS.get(op, (op, op))
         with compiling_only(compiled):
-            getattr(importlib.import_module(f"bert_fast.kernels.{op}"), op)(*make(dtype, *options))
+            getattr(importlib.import_module(f"bert_fast.kernels.{module}"), launcher)(*make(dtype, *options))
         kernel = compiled.pop()
         ptx = kernel.asm["ptx"]
         yield {

@@ -48,7 +48,7 @@ def test_help_lists_the_commands_and_needs_no_torch():
     code = "import sys; sys.argv[1:] = ['--help']\ntry:\n    from bert_fast.cli import app; app()\n"
     code += "finally:\n    print('torch' in sys.modules, 'numpy' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for command in ("embed", "search", "verify", "info", "doctor", "bench"):
+    for command in ("embed", "search", "verify", "info", "doctor", "bench", "tune"):
         assert f" {command} " in out
     assert out.endswith("False False\n")
 

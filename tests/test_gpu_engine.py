@@ -202,7 +202,6 @@ def test_another_precision_than_the_parameters(precision):
 
 def test_fp8():
     """The products are torch's, the codes come from the kernels."""
-    pytest.importorskip("bert_fast.kernels.quantize")
     for act in ("gelu", "relu"):
         model = make(dtype=torch.float16, intermediate_size=128, hidden_act=act)
         exact, batch, states = engine_of(model, "fp16").rows(ragged(7, 20)), ragged(7, 20), []

@@ -60,6 +60,16 @@ def test_compare_stops_when_it_has_enough(clock: SimpleNamespace, enough: float,
     assert len(timings["a"].samples) == len(timings["b"].samples) == rounds
 
 
+def test_a_shorter_sample_takes_fewer_calls(clock: SimpleNamespace) -> None:
+    def contender() -> torch.Tensor:
+        clock.now += 2.0**-10
+        return torch.ones(2)
+
+    call = Call(contender, min_sample=2.0**-8)
+    call.warm_up(1)
+    assert call.count == 4
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

@@ -79,6 +79,7 @@ def test_work_of_kernels_by_hand() -> None:
     assert (norm.flops, norm.bytes, norm.case) == (0, 3 * 16 * 128 * 2, "2x8, width 128")
     assert kernels.work(KernelCase("pooling", "2x8", width=128)).bytes == (16 + 2) * 128 * 2
     assert kernels.work(KernelCase("bias_gelu", "2x8", "float32", 128)).bytes == 2 * 16 * 128 * 4
+    assert kernels.work(KernelCase("linear_gelu", "2x8", width=128)).flops == 2 * 16 * 128 * 512
     assert kernels.work(KernelCase("embedding_layer_norm", "2x8", width=128)).bytes == 2 * 16 * 128 * 2 + 16 * 24
 
 

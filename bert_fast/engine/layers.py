@@ -49,12 +49,11 @@ class PlainProducts:
 
     def widen(self, x: Tensor, weight: Tensor, bias: Tensor, hidden_act: str) -> Tensor:
         """See `Products`."""
-        from bert_fast.kernels.bias_gelu import bias_gelu
+        from bert_fast.kernels.linear_gelu import linear_gelu
 
         if hidden_act not in GELU_FORMS:
             return activation(F.linear(x, weight, bias), hidden_act)
-        wide = F.linear(x, weight)
-        return bias_gelu(wide, bias, GELU_FORMS[hidden_act], out=wide)
+        return linear_gelu(x, weight, bias, GELU_FORMS[hidden_act])
 
     def targets(self, num_rows: int, width: int, device: torch.device) -> dict[str, Any]:
         """See `Products`."""
@@ -204,7 +203,7 @@ class Layers:
         Returns:
             (num_rows, hidden_size) of `dtype`.
         """
-        from bert_fast.kernels.attention import attention
+        from bert_fast.kernels.attention import attention, schedule
         from bert_fast.kernels.embedding_layer_norm import embedding_layer_norm
 
         products, heads, norm = self._products, self._num_heads, self._norm
@@ -215,11 +214,14 @@ class Layers:
         ids = (input_ids, position_ids, token_type_ids)
         rows = embedding_layer_norm(*ids, word, position, token_type, norm.weight, norm.bias, norm.eps, 0.0, **targets)
         x = products.reads(rows, targets)
-        for layer in self._layers:
+        order = None
+        for i, layer in enumerate(self._layers):
             if states is not None:
                 states.append(rows)
             q, k, v = products.linear(x, *layer.qkv).view(num_rows, 3, heads, -1).unbind(1)
-            context = attention(q, k, v, cu_seqlens, max_seqlen, None, scale, 0.0).view(num_rows, hidden_size)
+            order = schedule(q, cu_seqlens, max_seqlen) if i == 0 else order
+            context = attention(q, k, v, cu_seqlens, max_seqlen, None, scale, 0.0, schedule=order)
+            context = context.view(num_rows, hidden_size)
             product = products.linear(products.reads(context, {}), layer.attention_output.weight)
             rows, x = self._add_and_normalize(product, layer.attention_output.bias, rows, layer.attention_norm)
             wide = products.widen(x, *layer.intermediate, self._hidden_act)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from implementations import FORCEABLE, Implementation
+from implementations import FORCEABLE, HAS_GPU, Implementation
 from layouts import LAYOUTS
 from numerics import assert_forward, assert_gradients
 from torch import Tensor
@@ -43,6 +43,20 @@ def test_tails_large_values_and_zeros(implementation: Implementation, approximat
     # Below zero 1 + erf cancels: the error is that of the terms, which are of size |x|, and nothing is left past 6.
     error = (negative.double() - reference(-values.double(), bias.double(), approximate)).abs()
     assert (error <= 2 * eps * values.double().clamp_max(6)).all()
+
+
+def test_the_polynomial_of_the_16_bit_kernel_is_as_exact_as_it_says() -> None:
+    from bert_fast.kernels.bias_gelu import bias_gelu as kernel
+
+    device = "cuda" if HAS_GPU else "cpu"
+    x = torch.linspace(-9, 0, 4097, device=device).half()
+    out = torch.empty_like(x, dtype=torch.float32)  # so that nothing is rounded to 16 bits
+    kernel(x[:, None], x.new_zeros(1), "none", out[:, None])
+    truth = reference(x.double(), x.new_zeros(1).double(), "none")
+    error, relative = (out - truth).abs(), ((out - truth) / truth).abs()
+    assert error.max() < 1.3e-7
+    assert relative[(x > -4) & (x < 0)].max() < 6e-5
+    assert relative[(x > -6) & (x < 0)].max() < 1e-3
 
 
 def test_nan_and_infinity_stay_in_their_element(implementation: Implementation) -> None:

@@ -21,6 +21,7 @@ from bert_fast.ops.bias_gelu import OP as BIAS_GELU
 from bert_fast.ops.embedding_layer_norm import OP as EMBEDDING_LAYER_NORM
 from bert_fast.ops.linear import OP as LINEAR
 from bert_fast.ops.linear import PackedWeight
+from bert_fast.ops.linear_gelu import OP as LINEAR_GELU
 from bert_fast.ops.pooling import OP as POOLING
 from bert_fast.ops.residual_layer_norm import OP as RESIDUAL_LAYER_NORM
 
@@ -228,6 +229,7 @@ def calls() -> dict[str, tuple[Op, list[Any]]]:
             EMBEDDING_LAYER_NORM,
             [*token_ids, *tables, randn(6), randn(6), 1e-12, 0.0],
         ),
+        "linear_gelu": (LINEAR_GELU, [randn(3, 6), randn(4, 6), randn(4), "none"]),
         "pooling": (POOLING, [randn(8, 6), cu_seqlens, "mean"]),
         "attention, ragged": (
             ATTENTION,
@@ -259,6 +261,7 @@ PUBLIC: dict[str, Callable[..., Tensor]] = {
         residual=residual,
         layer_norm=None if norm[0] is None else norm,
     ),
+    "linear_gelu": lambda x, weight, bias, form: ops.linear_gelu(x, weight, bias, approximate=form),
     "bias_gelu": lambda x, bias, form: ops.bias_gelu(x, bias, approximate=form),
     "residual_layer_norm": lambda *args: ops.residual_layer_norm(*args[:5], eps=args[5], dropout_p=args[6]),
     "embedding_layer_norm": lambda *args: ops.embedding_layer_norm(*args[:8], eps=args[8], dropout_p=args[9]),

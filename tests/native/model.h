@@ -31,10 +31,23 @@ struct Model {
     };
     std::vector<EncoderLayer> packed;
     const int64_t width = round_up_to_panel(hidden);
+    int64_t bytes = 0;
+    for (const auto& [rows, columns] : {std::pair<int64_t, int64_t>{3 * width, hidden},
+                                        {hidden, hidden},
+                                        {intermediate, hidden},
+                                        {hidden, intermediate}})
+      bytes += layers * PackedWeight::panel_bytes(precision, rows, columns);
+    const auto memory = std::make_shared<PanelMemory>(bytes);
+    const auto weight = [&](int64_t rows, int64_t columns) {
+      return PackedWeight(precision, rows, columns, NO_OUTLIERS, memory);
+    };
     for (int64_t i = 0; i < layers; ++i) {
-      EncoderLayer layer{PackedWeight(precision, 3 * width, hidden),    PackedWeight(precision, hidden, hidden),
-                         PackedWeight(precision, intermediate, hidden), PackedWeight(precision, hidden, intermediate),
-                         {random.normals(2 * hidden), 1e-12f},          {random.normals(2 * hidden), 1e-12f}};
+      EncoderLayer layer{weight(3 * width, hidden),
+                         weight(hidden, hidden),
+                         weight(intermediate, hidden),
+                         weight(hidden, intermediate),
+                         {random.normals(2 * hidden), 1e-12f},
+                         {random.normals(2 * hidden), 1e-12f}};
       for (int64_t part = 0; part < 3; ++part) linear(layer.qkv, hidden, hidden, part * width);
       linear(layer.attention_output, hidden, hidden);
       linear(layer.intermediate, intermediate, hidden);

@@ -69,7 +69,28 @@ int64_t starve(const Model& model, const std::vector<Text>& texts, int64_t threa
 
 }  // namespace
 
+// Small ones and those in huge pages hold what they promise, and not more.
+static void test_panel_memory() {
+  for (const int64_t bytes : {int64_t{0}, int64_t{192}, int64_t{5} << 20}) {
+    context = "panel memory of " + std::to_string(bytes) + " bytes";
+    PanelMemory memory(bytes);
+    for (const int64_t part : {bytes / 3 / 64 * 64, bytes - bytes / 3 / 64 * 64}) {
+      uint8_t* const taken = memory.take(part);
+      CHECK(reinterpret_cast<uintptr_t>(taken) % 64 == 0);
+      std::memset(taken, 1, static_cast<size_t>(part));
+    }
+    bool has_failed = false;
+    try {
+      memory.take(1);
+    } catch (const std::bad_alloc&) {
+      has_failed = true;
+    }
+    CHECK(has_failed);
+  }
+}
+
 void test_memory() {
+  test_panel_memory();
   const std::vector<std::vector<Text>> batches{{{0, 9}, {1, 0}, {2, 4}},                                 // by columns
                                                {{0, 400}, {1, 3}},                                       // by rows
                                                {{0, 20}, {1, 20}, {2, 20}, {3, 19}, {4, 21}, {5, 20}}};  // dealt out

@@ -193,11 +193,9 @@ def tune(
         raise ValueError(f"{gpu} has compute capability below 8.0: Triton has no matrix units there, nothing to tune")
     shapes = shapes_of(models) if models else SHAPES
     say(f"{gpu}: the way taken, and how many times faster the fastest epilogue is than {_BY_PASS}")
-    choices = []
+    path = (folder or tuned.user_folder()) / tuned.file_name(gpu)
     with torch.inference_mode():
         for choice in measure(device, shapes, [DTYPES[dtype] for dtype in dtypes], tuned.BUCKETS, configs):
             say(str(choice))
-            choices.append(choice)
-    path = (folder or tuned.user_folder()) / tuned.file_name(gpu)
-    write(path, gpu, choices)
+            write(path, gpu, [choice])  # at once: it stays if what follows is stopped
     return path

@@ -13,14 +13,18 @@ from torch import Tensor
 
 
 @triton.jit
-def bounds(start_ptr, step, num_tokens, max_seqlen):
-    """First row (int64) and length of a sequence whose start and end are at `start_ptr` and `step` further.
+def clamped(start, end, num_tokens, max_seqlen):
+    """First row and length of sequences, so that wrong offsets reach no row that is not there."""
+    start = tl.minimum(tl.maximum(start, 0), num_tokens)
+    end = tl.minimum(tl.maximum(end, start), num_tokens)  # not below the start, or their difference could overflow
+    return start, tl.minimum(end - start, max_seqlen)
 
-    Clamped, so that wrong offsets reach no row that is not there.
-    """
-    start = tl.minimum(tl.maximum(tl.load(start_ptr), 0), num_tokens)
-    end = tl.minimum(tl.load(start_ptr + step), num_tokens)
-    return start.to(tl.int64), tl.minimum(tl.maximum(end - start, 0), max_seqlen)
+
+@triton.jit
+def bounds(start_ptr, step, num_tokens, max_seqlen):
+    """First row (int64) and length of a sequence whose start and end are at `start_ptr` and `step` further."""
+    start, seq_len = clamped(tl.load(start_ptr), tl.load(start_ptr + step), num_tokens, max_seqlen)
+    return start.to(tl.int64), seq_len
 
 
 @triton.jit(do_not_specialize=["batch_size", "num_tokens", "max_seqlen", "size"])
@@ -36,9 +40,9 @@ def _schedule_kernel(
     for first in range(0, batch_size, BLOCK):
         others = first + block
         is_other = others < batch_size
-        other_start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + others, mask=is_other, other=0), 0), num_tokens)
-        other_end = tl.minimum(tl.load(cu_seqlens_ptr + others + 1, mask=is_other, other=0), num_tokens)
-        other_len = tl.minimum(tl.maximum(other_end - other_start, 0), max_seqlen)
+        other_start = tl.load(cu_seqlens_ptr + others, mask=is_other, other=0)
+        other_end = tl.load(cu_seqlens_ptr + others + 1, mask=is_other, other=0)
+        _, other_len = clamped(other_start, other_end, num_tokens, max_seqlen)
         before = is_other & ((other_len > seq_len) | ((other_len == seq_len) & (others < sequence)))
         sequences_before += before.to(tl.int32)
         tiles_before += tl.where(before, (other_len + BLOCK_M - 1) // BLOCK_M, 0)

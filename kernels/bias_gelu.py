@@ -45,7 +45,7 @@ def _gelu_of_sum(x_rows, bias_ptr, stride_feature, features, num_features, in_ro
     return gelu(x.to(tl.float32) + bias.to(tl.float32), TANH, x.dtype != tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _bias_gelu_kernel(
     x_ptr,
     bias_ptr,
@@ -65,7 +65,7 @@ def _bias_gelu_kernel(
     tl.store(out_ptr + rows * num_features + features, out, mask=in_rows & (features < num_features))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _quantized_bias_gelu_kernel(
     x_ptr,
     bias_ptr,

@@ -12,7 +12,7 @@ from bert_fast.kernels.residual_layer_norm import store_normalised
 from bert_fast.kernels.rows import blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _embedding_layer_norm_kernel(
     input_ids_ptr,
     position_ids_ptr,

@@ -66,7 +66,7 @@ def candidates_on(device: torch.device) -> tuple[Config, ...]:
     return candidates(10 * major + minor, properties["max_shared_mem"])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _linear_gelu_kernel(
     x_ptr,
     weight_ptr,

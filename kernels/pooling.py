@@ -11,7 +11,7 @@ _MODES = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean")
 _CLS, _MEAN, _MAX, _MEAN_SQRT_LEN, _WEIGHTED_MEAN = (tl.constexpr(code) for code in range(len(_MODES)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _pooling_kernel(
     hidden_ptr,
     cu_seqlens_ptr,
@@ -56,12 +56,12 @@ def _pooling_kernel(
         if MODE == _MEAN:
             divisor = n
         elif MODE == _MEAN_SQRT_LEN:
-            divisor = tl.sqrt(n)
+            divisor = tl.sqrt_rn(n)
         elif MODE == _WEIGHTED_MEAN:
             divisor = n * (n + 1.0) * 0.5
         else:
             divisor = 1.0
-        out = tl.sum(pooled, axis=0) / divisor
+        out = tl.div_rn(tl.sum(pooled, axis=0), divisor)
     tl.store(out_ptr + sequence * hidden_size + channels, out, mask=in_channels)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from bert_fast.kernels.rows import MAX_CODE, blocks, store_codes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _quantize_kernel(
     x_ptr,
     codes_ptr,

@@ -40,7 +40,8 @@ def store_normalised(
     total = parts[0]
     for start in tl.static_range(BLOCK_N, HIDDEN_SIZE, BLOCK_N):
         total += parts[start // BLOCK_N]
-    mean = tl.sum(total, axis=1, keep_dims=True) / HIDDEN_SIZE
+    # Rounded to nearest, unlike `/`, so that the mean of equal values is their value: rstd may be 10^6 there.
+    mean = tl.div_rn(tl.sum(total, axis=1, keep_dims=True), HIDDEN_SIZE * 1.0)
 
     squares = tl.zeros_like(parts[0])
     for start in tl.static_range(0, HIDDEN_SIZE, BLOCK_N):
@@ -62,7 +63,7 @@ def store_normalised(
         store_codes(normalised, codes_ptr, scales_ptr, rows, in_rows, block, HIDDEN_SIZE, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _residual_layer_norm_kernel(
     x_ptr,
     bias_ptr,

@@ -48,10 +48,11 @@ def store_codes(parts, codes_ptr, scales_ptr, rows, in_rows, block, WIDTH: tl.co
     for start in tl.static_range(BLOCK_N, WIDTH, BLOCK_N):
         largest = tl.maximum(largest, _magnitude_bits(parts[start // BLOCK_N]))
     largest = tl.max(largest, axis=1, keep_dims=True)
-    scale = tl.maximum(largest.to(tl.float32, bitcast=True) / MAX_CODE, _TINY)
+    # Divisions rounded to nearest: `/` may be off by two units, and codes at the middle of two would go the other way.
+    scale = tl.maximum(tl.div_rn(largest.to(tl.float32, bitcast=True), MAX_CODE), _TINY)
     scale = tl.where(largest == 0, 1.0, tl.where(largest < _INFINITY_BITS, scale, float("nan")))
     tl.store(scales_ptr + rows, scale, mask=in_rows)
-    inverse = 1.0 / scale
+    inverse = tl.div_rn(1.0, scale)
     for start in tl.static_range(0, WIDTH, BLOCK_N):
         channels = start + block
         codes = (parts[start // BLOCK_N] * inverse).to(tl.float8e4nv)

@@ -35,7 +35,7 @@ def file_name(gpu: str) -> str:
 
 def user_folder() -> Path:
     """Where `bert-fast tune` writes: a folder in XDG_CACHE_HOME, ~/.cache by default."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bert_fast" / "tuned"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "bert_fast" / "tuned"
 
 
 def package_folder() -> Path:
@@ -53,7 +53,7 @@ def table(gpu: str) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for folder in (package_folder(), user_folder()):
         path = folder / file_name(gpu)
-        if path.is_file():
+        if os.path.isfile(path):  # False, too, where the user has no home or may not look into it
             entries |= read(path)
     return entries
 

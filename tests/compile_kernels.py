@@ -38,6 +38,10 @@ COMPUTE_CAPABILITIES = (75, 80, 90, 100)
 COUNTS = ("registers", "spilled_bytes", "shared_bytes")
 KEPT = Path(__file__).parent.parent / "benchmarks" / "results" / "compile.json"
 
+#: Arguments that differ from call to call: of a kernel compiled for their values there would be several.
+VARYING = {"num_rows", "num_tokens", "num_places", "num_tiles", "batch_size", "padded_batch_size", "capacity"}
+VARYING |= {"seq_len", "max_seqlen", "size"}
+
 NUM_TOKENS, NUM_ROWS, MODES = 512, 8192, ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean")
 
 
@@ -122,6 +126,31 @@ def attention_probabilities(dtype: torch.dtype, form: str, head_dim: int, seq_le
     return [q, k, cu_seqlens, seq_len, [1], scale, bias]
 
 
+def ids_of(mask: torch.dtype, form: str, seq_len: int) -> Any:
+    """A padded batch of 4 texts: "all" of its tokens, "masked" ones, or "masked" ones with types given, too."""
+    ids = torch.zeros(4, seq_len, dtype=torch.int64)
+    types, positions = (ids, ids[:1].expand(ids.shape)) if form == "typed" else (None, None)
+    packing = importlib.import_module("bert_fast.kernels.packing")
+    return packing.Ids(ids, None if form == "all" else ids.to(mask), types, positions, 30522, 2, 512)
+
+
+def inspect(mask: torch.dtype, form: str, seq_len: int) -> list[Any]:
+    return [ids_of(mask, form, seq_len)]
+
+
+def pack(mask: torch.dtype, form: str, seq_len: int, counted: bool, wanted: str) -> list[Any]:
+    blocks_a_row = importlib.import_module("bert_fast.kernels.packing").blocks(seq_len)[1]
+    report = torch.zeros(2, 4 * blocks_a_row, dtype=torch.int32) if counted else None
+    rows = torch.zeros(4 * seq_len, dtype=torch.int32)
+    places = {"nothing": [], "index": [rows[:5], rows.long()], "inverse": [rows[:5], None, rows]}[wanted]
+    return [ids_of(mask, form, seq_len), report, rows, rows, rows, *places]
+
+
+def unpack(dtype: torch.dtype, hidden_size: int) -> list[Any]:
+    rows = torch.empty(NUM_TOKENS, hidden_size, dtype=dtype)
+    return [rows, torch.zeros(NUM_TOKENS, dtype=torch.int32), torch.empty_like(rows)]
+
+
 def cases(dtypes: list[torch.dtype], sweep: bool) -> Iterator[tuple[Any, ...]]:
     """Function above that makes the arguments, dtype, and the rest of its arguments.
 
@@ -133,6 +162,10 @@ def cases(dtypes: list[torch.dtype], sweep: bool) -> Iterator[tuple[Any, ...]]:
             yield from ((bias_gelu, dtype, approximate) for approximate in ("none", "tanh"))
             yield from ((op, dtype, n) for op in (residual_layer_norm, embedding_layer_norm) for n in (384, 1024, 9000))
             yield from ((pooling, dtype, mode) for mode in MODES)
+            yield unpack, dtype, 1024
+        for mask, (form, seq_len) in itertools.product((torch.bool, torch.float32), (("typed", 64), ("masked", 2000))):
+            yield inspect, mask, form, seq_len
+            yield from ((pack, mask, form, seq_len, True, wanted) for wanted in ("index", "inverse"))
         for dtype, (head_dim, seq_len) in itertools.product(dtypes, heads):
             yield from ((attention, dtype, form, head_dim, seq_len) for form in ("scheduled", "masked", "biased"))
             if seq_len != 128:  # its tiles are those of attention, of the shortest and of the longest sequences
@@ -148,6 +181,11 @@ def cases(dtypes: list[torch.dtype], sweep: bool) -> Iterator[tuple[Any, ...]]:
         (attention, half, "ragged", 32, 128),
         (attention_schedule, half, 128),
         (attention_probabilities, half, "ragged", 64, 512),
+        (inspect, torch.int64, "masked", 128),
+        (pack, torch.int64, "all", 128, False, "nothing"),
+        (pack, torch.int64, "masked", 32, False, "inverse"),
+        (pack, torch.int64, "masked", 128, True, "inverse"),
+        (unpack, half, 768),
     ]
 
 
@@ -177,7 +215,11 @@ def cases_by_gpu(compute_capability: int, sweep: bool) -> Iterator[tuple[Any, ..
 
 
 #: Module and name of the launcher, where they are not those of the function above.
-LAUNCHERS = {"linear_gelu": ("linear_gelu", "by_epilogue"), "quantize_rows": ("quantize", "quantize_rows")}
+LAUNCHERS = {
+    "linear_gelu": ("linear_gelu", "by_epilogue"),
+    "quantize_rows": ("quantize", "quantize_rows"),
+    **{op: ("packing", op) for op in ("inspect", "pack", "unpack")},
+}
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -189,6 +231,12 @@ def resources(cubin: bytes) -> dict[str, int]:
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return {"registers": found["REG"], "spilled_bytes": found["STACK"] + found["LOCAL"]}
+
+
+def specialised(kernel: Any) -> list[str]:
+    """Those of the `VARYING` arguments whose value, or that it is divisible by 16, a kernel was compiled for."""
+    names = kernel.src.fn.arg_names
+    return sorted({names[path[0]] for path in (*kernel.src.attrs, *kernel.src.constants)} & VARYING)
 
 
 @contextmanager
@@ -226,6 +274,8 @@ def compile_cases(compute_capability: int, sweep: bool) -> Iterator[dict[str, An
             "options": options,
             **resources(kernel.asm["cubin"]),
             "shared_bytes": kernel.metadata.shared,
+            "specialised": specialised(kernel),
+            "divisions": sorted(set(re.findall(r"\bdiv\.\w+\.f32", ptx))),
             "loads": kernel.asm["ttgir"].count("tt.load"),
             "widest_load": max(map(int, re.findall(r"ld\.global(?:\.\w+)*?\.v(\d)\.b32", ptx)), default=1) * 4,
             "matrix_instructions": sorted(set(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx))),

@@ -12,7 +12,8 @@ from torch import Tensor
 
 HAS_GPU = torch.cuda.is_available()
 
-#: Names that the public functions take in `impl=` on this machine's fastest device.
+#: This machine's fastest device, and the names that the public functions take in `impl=` there.
+DEVICE = "cuda" if HAS_GPU else "cpu"
 FORCEABLE = ("reference", "triton") if HAS_GPU else ("reference", "cpp")
 
 #: Without a GPU Triton runs under its interpreter, on CPU tensors; there it treats bfloat16 wrongly.

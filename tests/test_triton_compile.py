@@ -42,6 +42,8 @@ MOST_SPILLED_BYTES = 8
 REGISTERS = 8
 #: Reads of ids, and of tensors with channels, each of which a kernel reads once however often it uses it.
 LOADS = {"residual_layer_norm": (0, 5), "embedding_layer_norm": (3, 5), "bias_gelu": (0, 2), "quantize_rows": (0, 1)}
+#: What divides as the interpreter does: means of equal values, and scales whose codes lie between two.
+EXACT_DIVISIONS = {"residual_layer_norm", "embedding_layer_norm", "quantize_rows"}
 
 
 def check(rows: list[dict[str, Any]], compute_capability: int) -> None:
@@ -56,9 +58,12 @@ def check(rows: list[dict[str, Any]], compute_capability: int) -> None:
         if row["op"].startswith("attention") and row["op"] != "attention_schedule":
             expected = [] if row["dtype"] == "float32" else MATRIX_INSTRUCTION[compute_capability]
             assert row["matrix_instructions"] == expected, row
+        assert row["specialised"] == [], row
+        if row["op"] in EXACT_DIVISIONS:
+            assert "div.rn.f32" in row["divisions"], row
         if row["op"] == "linear_gelu":
             assert row["matrix_instructions"] == MATRIX_INSTRUCTION[compute_capability], row
-        if row["op"] in ("bias_gelu", "residual_layer_norm", "embedding_layer_norm", "quantize_rows"):
+        if row["op"] in ("bias_gelu", "residual_layer_norm", "embedding_layer_norm", "quantize_rows", "unpack"):
             assert row["widest_load"] == 16, row  # lost when the divisibility of pointers and strides is
 
 
@@ -74,7 +79,7 @@ def test_what_is_kept_is_complete() -> None:
 def test_kernels_compile_as_meant(compute_capability: int) -> None:
     rows = compiled(compute_capability)
     expected = {"attention", "attention_probabilities", "attention_schedule", "bias_gelu", "embedding_layer_norm"}
-    expected |= {"pooling", "residual_layer_norm"}
+    expected |= {"pooling", "residual_layer_norm", "inspect", "pack", "unpack"}
     expected |= {"linear_gelu"} if compute_capability >= 80 else set()
     expected |= {"quantize_rows"} if compute_capability >= 90 else set()
     assert {row["op"] for row in rows} == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pwd
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,21 @@ def test_choose(measured: dict, config: tuple[int, ...] | None, ratio: float) ->
 @pytest.mark.parametrize(("rows", "bucket"), [(1, 16), (16, 16), (17, 32), (4096, 4096), (4097, 8192), (10**6, 65536)])
 def test_buckets(rows: int, bucket: int) -> None:
     assert tuned.bucket(rows) == bucket
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert chosen(16) is None
+
+
+def test_a_folder_that_cannot_be_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/" + 300 * "x")  # as a folder without permission, which root cannot have
+    assert chosen(16) is None
 
 
 def test_without_a_table_cublas_runs() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementations import FORCEABLE, HAS_GPU, Implementation
+from implementations import DEVICE, FORCEABLE, Implementation
 from layouts import LAYOUTS
 from numerics import assert_forward, assert_gradients, assert_no_worse
 from torch import Tensor
@@ -192,7 +192,7 @@ def test_padded_is_ragged_packed(implementation: Implementation, batch_size: int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", FORCEABLE)
 def test_gradients_ragged(impl: str, dtype: torch.dtype) -> None:
-    case = Implementation("any", dtype)
+    case = Implementation("any", dtype, DEVICE)
     cu_seqlens = case.cu_seqlens([7, 0, 12])
     assert_gradients(
         lambda *qkv: ops.attention(*qkv, cu_seqlens=cu_seqlens, scale=0.3, impl=impl),
@@ -204,7 +204,7 @@ def test_gradients_ragged(impl: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", FORCEABLE)
 def test_gradients_masked(impl: str, dtype: torch.dtype) -> None:
-    case = Implementation("any", dtype)
+    case = Implementation("any", dtype, DEVICE)
     mask = masks(case)
     assert_gradients(
         lambda *qkv: ops.attention(*qkv, attention_mask=mask, scale=0.3, impl=impl),
@@ -215,7 +215,7 @@ def test_gradients_masked(impl: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_bias_and_its_gradient(padded: bool) -> None:
-    case = Implementation("any", torch.float32, "cuda" if HAS_GPU else "cpu")
+    case = Implementation("any", torch.float32, DEVICE)
     qkv = [t.to(case.device) for t in fused(case, *((2, 9) if padded else (16,)), 2, 12)]
     options = {"attention_mask": masks(case)[:2, :9]} if padded else {"cu_seqlens": case.cu_seqlens([9, 0, 7])}
     given = (options.get("cu_seqlens"), 9, options.get("attention_mask"), 0.3, 0.0)
@@ -246,7 +246,7 @@ def test_no_schedule_on_the_cpu() -> None:
 
 @pytest.mark.parametrize("impl", FORCEABLE)
 def test_gradients_do_not_see_nan_in_a_hidden_token(impl: str) -> None:
-    case = Implementation("any", torch.float32)
+    case = Implementation("any", torch.float32, DEVICE)
     mask, upstream = masks(case), case.randn(len(MASKS), 40, 1, 8)
     qkv = fused(case, *upstream.shape)
 

@@ -154,6 +154,7 @@ LIES = {
     "past the last row from the start": [50, 60, 70, 90],
     "falling": [0, 8, 3, 8],
     "far outside": [-(2**31), 2**31 - 1, -5, 2**31 - 1],
+    "falling further than 32 bits hold": [0, 8, -(2**31), 8],
     "all the rows, again and again": [0, 8, 0, 8],
 }
 

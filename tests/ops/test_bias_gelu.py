@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from implementations import FORCEABLE, HAS_GPU, Implementation
+from implementations import DEVICE, FORCEABLE, HAS_GPU, Implementation
 from layouts import LAYOUTS
 from numerics import assert_forward, assert_gradients
 from torch import Tensor
@@ -48,13 +48,12 @@ def test_tails_large_values_and_zeros(implementation: Implementation, approximat
 def test_the_polynomial_of_the_16_bit_kernel_is_as_exact_as_it_says() -> None:
     from bert_fast.kernels.bias_gelu import bias_gelu as kernel
 
-    device = "cuda" if HAS_GPU else "cpu"
-    x = torch.linspace(-9, 0, 4097, device=device).half()
+    x = torch.linspace(-9, 0, 4097, device=DEVICE).half()
     out = torch.empty_like(x, dtype=torch.float32)  # so that nothing is rounded to 16 bits
     kernel(x[:, None], x.new_zeros(1), "none", out[:, None])
     truth = reference(x.double(), x.new_zeros(1).double(), "none")
     error, relative = (out - truth).abs(), ((out - truth) / truth).abs()
-    assert error.max() < 1.3e-7
+    assert error.max() < (1.7e-7 if HAS_GPU else 1.3e-7)  # a GPU's exp2 may be off by 2^-22 of at most 0.17
     assert relative[(x > -4) & (x < 0)].max() < 6e-5
     assert relative[(x > -6) & (x < 0)].max() < 1e-3
 
@@ -95,8 +94,8 @@ def test_gradients(impl: str, dtype: torch.dtype, approximate: str) -> None:
     assert_gradients(
         lambda x, bias: ops.bias_gelu(x, bias, approximate=approximate, impl=impl),
         lambda x, bias: reference(x, bias, approximate),
-        torch.randn(4, 3, 20).to(dtype),
-        torch.randn(20).to(dtype),
+        torch.randn(4, 3, 20).to(DEVICE, dtype),
+        torch.randn(20).to(DEVICE, dtype),
     )
 
 

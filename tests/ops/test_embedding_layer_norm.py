@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from implementations import FORCEABLE, Implementation
+from implementations import DEVICE, FORCEABLE, Implementation
 from layouts import LAYOUTS
 from numerics import assert_forward, assert_gradients
 from torch import Tensor
@@ -112,7 +112,7 @@ def test_expanded(implementation: Implementation) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", FORCEABLE)
 def test_gradients(impl: str, dtype: torch.dtype) -> None:
-    case = Implementation("any", dtype)
+    case = Implementation("any", dtype, DEVICE)
     token_ids = ids(case, (4, 6))
     assert_gradients(
         lambda *tensors: ops.embedding_layer_norm(*token_ids, *tensors, impl=impl),
@@ -124,7 +124,7 @@ def test_gradients(impl: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("impl", FORCEABLE)
 def test_the_row_of_padding_gets_no_gradient(impl: str) -> None:
     """As in `torch.nn.Embedding`; the result is the same."""
-    case = Implementation("any", torch.float32)
+    case = Implementation("any", torch.float32, DEVICE)
     token_ids, (word, *others) = ids(case, (4, 6)), parameters(case, 20)
     row = int(token_ids[0][0, 0])
     gradients, results = [], []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementations import FORCEABLE, Implementation
+from implementations import DEVICE, FORCEABLE, Implementation
 from layouts import LAYOUTS
 from numerics import assert_forward, assert_gradients
 from torch import Tensor
@@ -116,11 +116,12 @@ def test_sequences_do_not_know_of_each_other(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", FORCEABLE)
 def test_gradients(impl: str, dtype: torch.dtype, mode: str) -> None:
-    cu_seqlens = Implementation("any", dtype).cu_seqlens([3, 0, 7])
+    case = Implementation("any", dtype, DEVICE)
+    cu_seqlens = case.cu_seqlens([3, 0, 7])
     assert_gradients(
         lambda hidden: ops.pooling(hidden, cu_seqlens, mode=mode, impl=impl),
         lambda hidden: reference(hidden, cu_seqlens, mode),
-        torch.randn(10, 20).to(dtype),
+        case.randn(10, 20),
     )
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from implementations import FORCEABLE, Implementation
+from implementations import DEVICE, FORCEABLE, Implementation
 from layouts import LAYOUTS
 from numerics import assert_forward, assert_gradients
 from torch import Tensor
@@ -107,7 +107,7 @@ def test_offsets_past_2_to_the_31() -> None:
     x, bias, residual, weight, layer_norm_bias = inputs(triton, 2_200_000, 1024)
     out = triton("residual_layer_norm", x, bias, residual, weight, layer_norm_bias, EPS, 0.0)
     tail = triton("residual_layer_norm", x[-3:], bias, residual[-3:], weight, layer_norm_bias, EPS, 0.0)
-    assert torch.equal(out[-3:], tail)
+    torch.testing.assert_close(out[-3:], tail)  # few rows are cut otherwise, and their sums are taken in another order
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -116,7 +116,7 @@ def test_gradients(impl: str, dtype: torch.dtype) -> None:
     assert_gradients(
         lambda *tensors: ops.residual_layer_norm(*tensors, impl=impl),
         lambda *tensors: reference(*tensors, EPS, 0.0),
-        *inputs(Implementation("any", dtype), 4, 3, 20),
+        *inputs(Implementation("any", dtype, DEVICE), 4, 3, 20),
     )
 
 

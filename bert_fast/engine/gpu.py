@@ -82,7 +82,8 @@ class GpuEngine:
             the kernels.
 
     Raises:
-        ValueError: the GPU has no such products; the message says what to use instead.
+        ValueError: the GPU has no such products, and the message says what to use instead; or the caller is recording a
+            graph, in which the weights would be packed whenever it is replayed, and not before.
     """
 
     def __init__(
@@ -94,12 +95,18 @@ class GpuEngine:
             gpu = torch.cuda.get_device_properties(self.device)
             if reason := refusal(precision, gpu.name, (gpu.major, gpu.minor)):
                 raise ValueError(reason)
+            if self._is_captured():
+                raise ValueError(
+                    "a CUDA graph is being captured, and the weights of the model are not packed: call it once before"
+                )
         self.precision = precision
         self._dtype, self._sizes = table.dtype, TableSizes.of(bert.embeddings)
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(table):
             self._layers = Layers(bert, hidden_act, num_heads, precision)
             if recorder is None and table.is_cuda:
                 recorder = CudaRecorder(self.device)
+        if table.is_cuda:  # the first forward may come on another stream than this one
+            torch.cuda.current_stream(self.device).synchronize()
         intermediate_size = bert.encoder.layer[0].intermediate.dense.weight.shape[0] if bert.encoder.layer else 0
         self._graph_tokens = graph_tokens(self._sizes.hidden_size, intermediate_size)
         self._recorded_rows: Tensor | None = None  # where every recorded forward puts its rows

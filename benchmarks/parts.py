@@ -182,9 +182,11 @@ def _pytest(job: Job, folder: str, selection: str, *arguments: str) -> list[str]
 
 
 def _tests(job: Job, seconds: float) -> list[str] | str:
-    # Those marked gpu, and those of the ops with their Triton implementation; compiling for every GPU needs none.
+    # Those marked gpu, those of the ops with their Triton implementation, and those of kernels whose names do not say
+    # so; compiling for every GPU needs none.
+    chosen = "gpu or triton or test_packing.py or test_every_float16 or test_the_polynomial"
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") and not job.quick else []
-    return _pytest(job, "tests", "(gpu or triton) and not test_triton_compile", *workers)
+    return _pytest(job, "tests", f"({chosen}) and not test_triton_compile", *workers)
 
 
 def tests_verdict(ended: Ended) -> tuple[bool, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -110,7 +111,15 @@ class GpuEngine:
         intermediate_size = bert.encoder.layer[0].intermediate.dense.weight.shape[0] if bert.encoder.layer else 0
         self._graph_tokens = graph_tokens(self._sizes.hidden_size, intermediate_size)
         self._recorded_rows: Tensor | None = None  # where every recorded forward puts its rows
-        self._graphs = None if recorder is None else Graphs(recorder, self._recordable_inputs, self._recordable)
+        self._graphs: Graphs[_Work, Inputs] | None = None
+        if recorder is not None:
+            # Bound methods would be a cycle, and the memory of a GPU is not to wait for the collector of those.
+            this = weakref.proxy(self)
+            self._graphs = Graphs(
+                recorder,
+                lambda work: this._recordable_inputs(work),
+                lambda work, inputs: this._recordable(work, inputs),
+            )
 
     def pack(self, inputs: BertInputs) -> tuple[Ragged, Padding]:
         """See `Engine`."""

@@ -106,7 +106,7 @@ KERNELS = (
     *(KernelCase("attention", case, "float16") for case in ("256x512", "1024x128")),
     KernelCase("residual_layer_norm", "1024x128", "float16"),
     KernelCase("residual_layer_norm", "1024x128", width=768),
-    KernelCase("linear_gelu", "128x128"),
+    KernelCase("linear_gelu", "256x128"),
     KernelCase("pooling", "squad728"),
 )
 

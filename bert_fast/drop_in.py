@@ -51,7 +51,8 @@ def accelerate(model: nn.Module, *, precision: str | None = None, free_originals
     There a change goes unnoticed if it is written through `parameter.data`: call `accelerate` again then.
 
     On a GPU short batches run as CUDA graphs, recorded when their sizes, rounded up to a bucket, come for the second
-    time. While one is recorded, no thread may wait for the whole device (`torch.cuda.synchronize`).
+    time. While one is recorded, no thread may wait for the whole device (`torch.cuda.synchronize`) or draw random
+    numbers on it.
 
     The model keeps its class, signature, outputs, `state_dict` and the very same parameters. Two things differ from
     the plain path: positions that `attention_mask` hides come back as zeros, and the pooler reads the first token that

@@ -239,6 +239,21 @@ def test_the_recorded_ones_are_bounded_and_share_memory():
     assert torch.cuda.memory_reserved() - used < 2**28
 
 
+def test_a_graph_that_goes_harms_no_other():
+    """What it leaves, cuBLAS's workspace too, is not given to the system while another graph uses it."""
+    run = engine_of(large().half())
+    run._graphs._cache._capacity = 2
+    batches = [ragged(length) for length in (20, 40, 80)]
+    expected = [run.rows(batch) for batch in batches]
+    for batch in batches:
+        run.rows(batch)
+    assert len(run._graphs._cache) == 2
+    torch.cuda.empty_cache()
+    for batch, rows in zip(batches, expected, strict=True):
+        for _ in range(RECORD_AT):
+            torch.testing.assert_close(run.rows(batch), rows, rtol=0, atol=2e-2)
+
+
 def test_streams():
     run = engine_of(large().half())
     batches = [ragged(*lengths, seed=i) for i, lengths in enumerate([(40, 9), (64,), (1,), (20, 20, 20)])]
@@ -293,11 +308,19 @@ def test_while_the_caller_records():
             torch.testing.assert_close(rows, expected, rtol=0, atol=2e-2)
         with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(ValueError, match="input_ids is on the CPU"):
             serving(model).rows(ragged(5))
+        unpacked = bert_fast.accelerate(large().half())
+        with (
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+            pytest.raises(ValueError, match="weights of the model are not packed"),
+        ):
+            unpacked(ids, mask)
+        torch.testing.assert_close(unpacked(ids, mask).last_hidden_state, expected, rtol=0, atol=2e-2)
 
 
 def test_out_of_memory():
     run = engine_of(large().half())
     expected = [run.rows(ragged(20)) for _ in range(3)][-1]
+    torch.cuda.empty_cache()  # what earlier tests left would be enough
     free, total = torch.cuda.mem_get_info()
     limit = (torch.cuda.memory_reserved() + 2**28) / total
     torch.cuda.set_per_process_memory_fraction(limit)
@@ -312,6 +335,9 @@ def test_out_of_memory():
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert free > 0
+    for _ in range(RECORD_AT):
+        torch.testing.assert_close(run.rows(ragged(20)), expected, rtol=0, atol=2e-2)
+    assert len(run._graphs._cache) == 1, "graphs are recorded again"
 
 
 def test_inputs_elsewhere():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from bert_fast import ops
 from bert_fast.engine import fingerprint
 from bert_fast.engine.batches import CheckedRagged, DeviceBatch, Inputs, PaddedBatch
 from bert_fast.engine.gpu import GpuEngine, _Work, refusal
-from bert_fast.engine.graphs import Bucket
+from bert_fast.engine.graphs import RECORD_AT, Bucket
 from bert_fast.inputs import BertInputs, TableSizes
 from bert_fast.kernels.packing import FEW_PLACES
 from bert_fast.ragged import Ragged
@@ -366,6 +368,21 @@ def test_a_bucket_leaks_nothing_from_batch_to_batch(way):
         batch = ragged(*lengths, seed=index)
         for got, expected in zip(results(recorded, batch, lengths), results(eager, batch, lengths), strict=True):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_an_engine_goes_with_its_last_reference():
+    """Its memory is a GPU's, of which the collector of cycles knows nothing."""
+    run = engine_of(make(num_hidden_layers=1), recorder=Rerun())
+    for _ in range(RECORD_AT + 1):
+        run.rows(ragged(5))
+    assert len(run._graphs._cache) == 1
+    reference = weakref.ref(run)
+    gc.disable()
+    try:
+        del run
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_results_are_the_callers():

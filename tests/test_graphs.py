@@ -106,7 +106,7 @@ class Rerun:
     """Records by keeping the function: a replay runs it again, into the same result."""
 
     def __init__(self):
-        self.begun = self.ended = 0
+        self.begun = self.ended = self.renewed = 0
 
     def record(self, run):
         result = run()
@@ -120,6 +120,9 @@ class Rerun:
 
     def wait(self):
         assert self.begun == self.ended, "a replay is under way"
+
+    def renew(self):
+        self.renewed += 1
 
 
 def doubling(recorder):
@@ -138,7 +141,9 @@ def test_a_forward_is_replayed_from_its_second_use_on():
             assert result.tolist() == [2.0 * use] * 3
     assert recorder.begun == recorder.ended == 4 - (RECORD_AT - 1)
     graphs.clear()
-    assert graphs.run(3, lambda inputs: inputs.fill_(1), torch.clone) is None
+    assert recorder.renewed == 1
+    results = [graphs.run(3, lambda inputs: inputs.fill_(1), torch.clone) for _ in range(RECORD_AT)]
+    assert [result is None for result in results] == [True] * (RECORD_AT - 1) + [False]
 
 
 def test_an_error_while_filling_ends_the_replay():
@@ -163,13 +168,15 @@ def test_what_cannot_be_recorded_runs_eagerly_and_says_why_once(recwarn):
             finally:
                 raise RuntimeError("the capture was invalidated")  # what ending it raises then
 
-    graphs = doubling(Refusing())
+    recorder = Refusing()
+    graphs = doubling(recorder)
     assert [graphs.run(3, lambda inputs: None, torch.clone) for _ in range(5)] == [None] * 5
     (warning,) = [w for w in recwarn if w.category is ops.FallbackWarning]
     assert str(warning.message) == (
         "bert_fast: CUDA graphs are off, every kernel is launched by itself: "
         "CUDA out of memory. Tried to allocate 2 GiB."
     )
+    assert recorder.begun == recorder.ended == 1, "what ran until it failed was in the memory of the others"
 
 
 @settings(max_examples=5, deadline=None)

@@ -93,7 +93,7 @@ class _Slot:
     """What is known of a tree of modules: as it was when its fingerprint was taken."""
 
     fingerprint: tuple[int, int]
-    packed: Engine | None  # of the parameters as they are
+    packed: Engine | None  # of the parameters as they are; made when it is first wanted
     serves: bool  # it may stand in for the modules as they are
     differentiable: bool  # a gradient may be wanted of them
 
@@ -133,12 +133,14 @@ def serving(
         slot = _slots.get(bert)
         if slot is None or slot.fingerprint != found:
             slot = _slots[bert] = _look(bert, found, slot, hidden_act, num_heads, precision, obstacle)
-    if released and not (slot.serves and slot.packed):
-        _refuse_released("it has changed, or this is a copy of it")
-    # A precision that was asked for is for inference; without one, whoever wants a gradient gets it.
-    if precision is None and slot.differentiable and torch.is_grad_enabled():
-        return None
-    return slot.packed if slot.serves else None
+        if released and not (slot.serves and slot.packed):
+            _refuse_released("it has changed, or this is a copy of it")
+        # A precision that was asked for is for inference; without one, whoever wants a gradient gets it.
+        if not slot.serves or (precision is None and slot.differentiable and torch.is_grad_enabled()):
+            return None
+        if slot.packed is None:
+            slot.packed = _pack(bert, hidden_act, num_heads, precision)
+        return slot.packed
 
 
 def _is_looked_at(device_type: str) -> bool:
@@ -160,24 +162,25 @@ def _look(
     precision: str | None,
     obstacle: Callable[[], str | None],
 ) -> _Slot:
-    """Look at a tree that is new or has changed, and pack its weights if they have."""
+    """Look at a tree that is new or has changed; its weights stay packed if they have not."""
     parameters = [*bert.embeddings.parameters(), *bert.encoder.parameters()]
     differentiable = any(parameter.requires_grad for parameter in parameters)
-    packed: Engine | None = slot.packed if slot is not None and slot.fingerprint[1] == found[1] else None
-    released = vars(bert).get("bert_fast_released", False)
+    packed = slot.packed if slot is not None and slot.fingerprint[1] == found[1] else None
     serves = _is_servable(parameters, precision, hidden_act, num_heads) and obstacle() is None
     serves = serves and not any(
         isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in bert.modules()
     )
-    if serves and packed is None and not released:
-        wanted = precision or PRECISION_OF[parameters[0].dtype]
-        if parameters[0].is_cuda:
-            packed = GpuEngine(bert, hidden_act, num_heads, wanted)
-        elif prefers_torch(wanted):
-            packed = TorchEngine(bert, hidden_act, num_heads)
-        else:
-            packed = PackedEngine(bert, hidden_act, num_heads, wanted)
     return _Slot(found, packed, serves, differentiable)
+
+
+def _pack(bert: Any, hidden_act: str, num_heads: int, precision: str | None) -> Engine:
+    parameter = bert.embeddings.word_embeddings.weight
+    wanted = precision or PRECISION_OF[parameter.dtype]
+    if parameter.is_cuda:
+        return GpuEngine(bert, hidden_act, num_heads, wanted)
+    if prefers_torch(wanted):
+        return TorchEngine(bert, hidden_act, num_heads)
+    return PackedEngine(bert, hidden_act, num_heads, wanted)
 
 
 def _is_servable(parameters: list[nn.Parameter], precision: str | None, hidden_act: str, num_heads: int) -> bool:

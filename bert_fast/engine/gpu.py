@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -82,7 +83,8 @@ class GpuEngine:
             the kernels.
 
     Raises:
-        ValueError: the GPU has no such products; the message says what to use instead.
+        ValueError: the GPU has no such products, and the message says what to use instead; or the caller is recording a
+            graph, in which the weights would be packed whenever it is replayed, and not before.
     """
 
     def __init__(
@@ -94,16 +96,30 @@ class GpuEngine:
             gpu = torch.cuda.get_device_properties(self.device)
             if reason := refusal(precision, gpu.name, (gpu.major, gpu.minor)):
                 raise ValueError(reason)
+            if self._is_captured():
+                raise ValueError(
+                    "a CUDA graph is being captured, and the weights of the model are not packed: call it once before"
+                )
         self.precision = precision
         self._dtype, self._sizes = table.dtype, TableSizes.of(bert.embeddings)
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(table):
             self._layers = Layers(bert, hidden_act, num_heads, precision)
             if recorder is None and table.is_cuda:
                 recorder = CudaRecorder(self.device)
+        if table.is_cuda:  # the first forward may come on another stream than this one
+            torch.cuda.current_stream(self.device).synchronize()
         intermediate_size = bert.encoder.layer[0].intermediate.dense.weight.shape[0] if bert.encoder.layer else 0
         self._graph_tokens = graph_tokens(self._sizes.hidden_size, intermediate_size)
         self._recorded_rows: Tensor | None = None  # where every recorded forward puts its rows
-        self._graphs = None if recorder is None else Graphs(recorder, self._recordable_inputs, self._recordable)
+        self._graphs: Graphs[_Work, Inputs] | None = None
+        if recorder is not None:
+            # Bound methods would be a cycle, and the memory of a GPU is not to wait for the collector of those.
+            this = weakref.proxy(self)
+            self._graphs = Graphs(
+                recorder,
+                lambda work: this._recordable_inputs(work),
+                lambda work, inputs: this._recordable(work, inputs),
+            )
 
     def pack(self, inputs: BertInputs) -> tuple[Ragged, Padding]:
         """See `Engine`."""

@@ -145,6 +145,9 @@ class Recorder(Protocol):
     def wait(self) -> None:
         """Until every replay has run."""
 
+    def renew(self) -> None:
+        """For when all that was recorded is gone: what comes next gets memory of its own."""
+
 
 class CudaRecorder:
     """CUDA graphs with one pool of memory: replays must not overlap, which `begin` and `end` see to on the device.
@@ -158,23 +161,24 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
         self._done = torch.cuda.Event()
+        self.renew()
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """See `Recorder`."""
         graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with self._recording, torch.cuda.stream(self._stream):
-            run()  # Triton compiles and cuBLAS takes its workspace before anything is recorded
-            # Not torch.cuda.graph, which empties the allocator's cache. Other threads may use the GPU meanwhile.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                result = run()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        with self._recording:
+            # Triton compiles and cuBLAS gets its handle before anything is recorded. On the caller's stream: cuBLAS has
+            # a workspace for each stream, and that of the recording one, which graphs go on using, is to come from
+            # their pool. PyTorch drops it with the first graph that goes (pytorch#193402); nobody else gets it there.
+            run()
+            with torch.cuda.stream(self._stream):
+                # Not torch.cuda.graph, which empties the allocator's cache. Other threads may use the GPU meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    result = run()
+                finally:
+                    graph.capture_end()
         return graph.replay, result
 
     def begin(self) -> None:
@@ -188,6 +192,11 @@ class CudaRecorder:
     def wait(self) -> None:
         """See `Recorder`."""
         self._done.synchronize()
+
+    def renew(self) -> None:
+        """See `Recorder`."""
+        self._stream = torch.cuda.Stream(self._device)
+        self._pool = torch.cuda.graph_pool_handle()  # PyTorch refuses one whose graphs are all gone
 
 
 class _Recorded(NamedTuple, Generic[Memory]):
@@ -224,11 +233,14 @@ class Graphs(Generic[Key, Memory]):
         with self._lock:
             recorded = self._cache.get(key)
             if recorded is None:
-                recorded = self._record(key)
+                if not self._records or not self._cache.is_due(key):
+                    return None
+                self._recorder.wait()  # for the graph, too, that will go to make room
+            self._recorder.begin()  # recording, too, runs in the memory that replays share
+            try:
+                recorded = recorded or self._record(key)
                 if recorded is None:
                     return None
-            self._recorder.begin()
-            try:
                 fill(recorded.inputs)
                 recorded.replay()
                 return take(recorded.result)
@@ -240,11 +252,9 @@ class Graphs(Generic[Key, Memory]):
         with self._lock:
             self._recorder.wait()
             self._cache.clear()
+            self._recorder.renew()
 
     def _record(self, key: Key) -> _Recorded[Memory] | None:
-        if not self._records or not self._cache.is_due(key):
-            return None
-        self._recorder.wait()  # for the graph, too, that will go to make room
         # A caller's inference mode would make tensors of them that other callers may not write to.
         with torch.inference_mode(False), torch.no_grad():
             try:

@@ -182,8 +182,7 @@ def _pytest(job: Job, folder: str, selection: str, *arguments: str) -> list[str]
 
 
 def _tests(job: Job, seconds: float) -> list[str] | str:
-    # Those marked gpu, and all that run a Triton kernel, whose names do not always say so; compiling for every GPU needs
-    # none.
+    # Those marked gpu, and all that run a Triton kernel, whose names do not always say so. Compiling needs no GPU.
     chosen = "gpu or triton or packing or quantize or 16_bit or its_gradient or test_measure"
     chosen += " or test_every_float16 or test_the_polynomial"
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") and not job.quick else []

@@ -259,6 +259,8 @@ def parse_device(device: torch.device | str) -> torch.device:
         raise ValueError(f"device is {device!r}: {error}") from error
     if parsed.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device!r}, but there is no GPU that torch can use")
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device!r}, but torch can use {torch.cuda.device_count()} GPUs, counted from 0")
     return parsed
 
 

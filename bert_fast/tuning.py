@@ -160,6 +160,16 @@ def shapes_of(models: Sequence[str]) -> list[tuple[int, int]]:
     return sorted({(config.hidden_size, config.intermediate_size) for config in configs})
 
 
+def _user_folder() -> Path:
+    """`tuned.user_folder`; ValueError where it would be in whatever folder this process runs in."""
+    from bert_fast.kernels import tuned
+
+    folder = tuned.user_folder()
+    if not folder.is_absolute():
+        raise ValueError(f"the table's folder is {folder}: the user has no home; set XDG_CACHE_HOME or pass --output")
+    return folder
+
+
 def tune(
     models: Sequence[str] = (),
     dtypes: Sequence[str] = ("float16", "bfloat16"),
@@ -178,7 +188,8 @@ def tune(
         The file.
 
     Raises:
-        ValueError: a dtype is another, there is no GPU, or it has no matrix units that Triton uses.
+        ValueError: a dtype is another, there is no GPU, it has no matrix units that Triton uses, or no folder is given
+            and the user has no home.
     """
     wrong = next((dtype for dtype in dtypes if dtype not in DTYPES), None)
     if wrong is not None:
@@ -193,7 +204,7 @@ def tune(
         raise ValueError(f"{gpu} has compute capability below 8.0: Triton has no matrix units there, nothing to tune")
     shapes = shapes_of(models) if models else SHAPES
     say(f"{gpu}: the way taken, and how many times faster the fastest epilogue is than {_BY_PASS}")
-    path = (folder or tuned.user_folder()) / tuned.file_name(gpu)
+    path = (folder or _user_folder()) / tuned.file_name(gpu)
     with torch.inference_mode():
         for choice in measure(device, shapes, [DTYPES[dtype] for dtype in dtypes], tuned.BUCKETS, configs):
             say(str(choice))

@@ -34,7 +34,7 @@ def file_name(gpu: str) -> str:
 
 
 def user_folder() -> Path:
-    """Where `bert-fast tune` writes: a folder in XDG_CACHE_HOME, ~/.cache by default."""
+    """Where `bert-fast tune` writes: a folder in XDG_CACHE_HOME, ~/.cache by default; relative without a home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "bert_fast" / "tuned"
 
 

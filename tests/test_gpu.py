@@ -22,6 +22,7 @@ from bert_fast import engine, modules, ops
 from bert_fast.engine.gpu import GpuEngine
 from bert_fast.engine.graphs import RECORD_AT
 from bert_fast.inputs import BertInputs
+from bert_fast.loading import parse_device
 
 pytestmark = pytest.mark.gpu
 
@@ -436,3 +437,8 @@ assert rows.isfinite().all()
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_gpu_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"device is 'cuda:99', but torch can use \d+ GPUs"):
+        parse_device("cuda:99")

@@ -69,6 +69,8 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     assert chosen(16) is None
+    with pytest.raises(ValueError, match="the user has no home; set XDG_CACHE_HOME or pass --output"):
+        tuning._user_folder()
 
 
 def test_a_folder_that_cannot_be_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,7 +167,8 @@ def cases(dtypes: list[torch.dtype], sweep: bool) -> Iterator[tuple[Any, ...]]:
             yield inspect, mask, form, seq_len
             yield from ((pack, mask, form, seq_len, True, wanted) for wanted in ("index", "inverse"))
         for dtype, (head_dim, seq_len) in itertools.product(dtypes, heads):
-            yield from ((attention, dtype, form, head_dim, seq_len) for form in ("scheduled", "masked", "biased"))
+            yield attention, dtype, "biased", head_dim, seq_len
+            yield attention, dtype, "masked" if seq_len == 512 else "scheduled", head_dim, seq_len
             if seq_len != 128:  # its tiles are those of attention, of the shortest and of the longest sequences
                 yield attention_probabilities, dtype, "biased", head_dim, seq_len
         return

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,18 @@ MATRIX_INSTRUCTION = {75: [], 80: ["mma.sync"], 90: ["wgmma.mma_async"], 100: ["
 
 
 def compiled(compute_capability: int, *flags: str) -> list[dict[str, Any]]:
-    """What `compile_kernels.py` says; in a process of its own, as here the kernels are the interpreter's."""
+    """What `compile_kernels.py` says. The first call begins with all GPUs, as many at once as there are cores."""
+    return _all_compiled(*flags)[compute_capability].result()
+
+
+@cache
+def _all_compiled(*flags: str) -> dict[int, Future[list[dict[str, Any]]]]:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    return {capability: pool.submit(_compile, capability, *flags) for capability in COMPUTE_CAPABILITIES}
+
+
+def _compile(compute_capability: int, *flags: str) -> list[dict[str, Any]]:
+    """In a process of its own, as here the kernels are the interpreter's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("compile_kernels.py")), str(compute_capability), *flags],

@@ -1,4 +1,4 @@
-"""The random bytes of dropout: known answers, the same on every instruction set, and what the definition makes of them."""
+"""The random bytes of dropout: known answers, the same on every instruction set, and what is made of them."""
 
 from __future__ import annotations
 

@@ -121,6 +121,43 @@ QUICK_KERNELS = (
 )
 
 
+@dataclass(frozen=True)
+class TrainCase:
+    """Steps of training.
+
+    Attributes:
+        model: a key of `MODELS`.
+        task: "classification" of whole texts, or "mlm", which predicts 15% of the tokens.
+        batch: the texts of a step (`parse_case`); of a mix, the distribution that they are drawn from.
+        steps: timed together, as their batches differ.
+    """
+
+    model: str
+    task: str
+    batch: str
+    steps: int
+
+
+#: On a CPU: as many texts as leave time for every contender.
+TRAINING = (
+    TrainCase("minilm", "classification", "mix16", 5),
+    TrainCase("minilm", "mlm", "mix16", 5),
+    TrainCase("base", "classification", "mix8", 3),
+    TrainCase("base", "mlm", "mix8", 3),
+)
+
+#: On a GPU, the most telling first: the real mix beside transformers, then pre-training in full batches.
+GPU_TRAINING = (
+    TrainCase("base", "classification", "squad64", 4),
+    TrainCase("base", "mlm", "128x128", 2),
+    TrainCase("large", "mlm", "32x512", 2),
+    TrainCase("base", "mlm", "squad64", 4),
+)
+
+#: Whether it runs, not how fast.
+QUICK_TRAINING = (TrainCase("tiny", "classification", "mix4", 3), TrainCase("tiny", "mlm", "mix4", 3))
+
+
 def build_model(source: str | BertConfig) -> Any:
     """A `ModelCases.source` as transformers' BertModel in float32 and eval mode; random weights are always the same."""
     if isinstance(source, str):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ MEGA_BATCH = 50
 
 #: Selections of batches that are tried for one that stands for a mega-batch.
 TRIALS = 20_000
+
+#: How far the best of them may be from the mega-batch.
+TOLERANCE = 0.05
 
 #: Share of the tokens that masked language modelling predicts; of those, 80% are replaced by [MASK], 10% by any word.
 PREDICTED, MASKED, RANDOM = 0.15, 0.8, 0.1
@@ -58,12 +61,7 @@ class Steps:
     @classmethod
     def of(cls, case: TrainCase, vocab_size: int) -> Steps:
         """Steps whose texts are as many, as long and as much padded, by either sampler, as those of a mega-batch."""
-        batch_size = len(parse_case(case.batch).lengths)
-        kind = case.batch.removesuffix(str(batch_size))
-        if kind not in ("mix", "squad"):
-            return cls(case, parse_case(case.batch).lengths * case.steps, vocab_size)
-        lengths = np.array(parse_case(f"{kind}{MEGA_BATCH * batch_size}").lengths)
-        return cls(case, tuple(representative(lengths, batch_size, case.steps).tolist()), vocab_size)
+        return cls(case, _drawn(case.batch, case.steps), vocab_size)
 
     @property
     def batch_size(self) -> int:
@@ -136,6 +134,17 @@ class Steps:
         return Text(torch.where(labels == IGNORED_LABEL, ids, shown), labels)
 
 
+@cache
+def _drawn(batch: str, steps: int) -> tuple[int, ...]:
+    """The lengths of the texts of so many steps."""
+    batch_size = len(parse_case(batch).lengths)
+    kind = batch.removesuffix(str(batch_size))
+    if kind not in ("mix", "squad"):
+        return parse_case(batch).lengths * steps
+    lengths = np.array(parse_case(f"{kind}{MEGA_BATCH * batch_size}").lengths)
+    return tuple(representative(lengths, batch_size, steps).tolist())
+
+
 def representative(lengths: NDArray[np.int64], batch_size: int, steps: int) -> NDArray[np.int64]:
     """So many batches of a mega-batch that are like all of it in tokens, and in padding by either sampler.
 
@@ -153,7 +162,7 @@ def representative(lengths: NDArray[np.int64], batch_size: int, steps: int) -> N
         (steps * batch_size,) lengths in the order of random sampling; sorted, they are the batches of the grouped one.
 
     Raises:
-        ValueError: no selection was found, as for too few steps.
+        ValueError: none is within `TOLERANCE`, as there are too few steps.
     """
     rng = np.random.default_rng(0)
     grouped = np.sort(lengths)[::-1].reshape(-1, batch_size)
@@ -171,7 +180,7 @@ def representative(lengths: NDArray[np.int64], batch_size: int, steps: int) -> N
         distance = (np.abs(has / goal - 1) * (0.25, 1.0, 1.0)).max()
         if distance < best:
             best, found = distance, drawn
-    if not len(found):
+    if best > TOLERANCE:
         raise ValueError(f"steps is {steps}: no {steps} batches of {batch_size} texts are padded like all of them")
     return found
 

@@ -16,6 +16,13 @@ struct Dropout {
 // Columns that one call of the generator decides about.
 constexpr int64_t DROPOUT_COLUMNS = 16;
 
+// Columns whose bytes are made together, and those of a row of bytes: whole ones of them.
+constexpr int64_t PHILOX_COLUMNS = 128;
+
+inline int64_t dropout_columns(int64_t columns) {
+  return (columns + PHILOX_COLUMNS - 1) / PHILOX_COLUMNS * PHILOX_COLUMNS;
+}
+
 struct TrainingTable {
   // Random bytes of `blocks` times DROPOUT_COLUMNS columns of a row, from column 0 on, to `out`.
   void (*random_bytes)(uint64_t seed, int64_t row, int64_t plane, int64_t blocks, uint8_t* out);

@@ -177,6 +177,9 @@ void bind_fingerprint(pybind11::module_& module);
 // Adds what training needs: the ops' forwards for it, their backwards, and the random bytes of dropout.
 void bind_training(pybind11::module_& module);
 
+// Adds attention's forward for training and its backward.
+void bind_attention_training(pybind11::module_& module);
+
 // Adds the op linear and the packing of its weights to the module.
 void bind_linear(pybind11::module_& module);
 

@@ -3,10 +3,14 @@
 
 #include "../training_table.h"
 #include "../vec/math.h"
+#include "attention_backward.h"
+#include "attention_train.h"
 #include "philox.h"
 
 namespace bert_fast::BERT_FAST_ISA {
 
-constexpr TrainingTable training_kernels{random_bytes};
+constexpr TrainingTable training_kernels{random_bytes,
+                                         {attention_train<float>, attention_backward<float>},
+                                         {attention_train<bfloat16>, attention_backward<bfloat16>}};
 
 }  // namespace bert_fast::BERT_FAST_ISA

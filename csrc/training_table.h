@@ -2,8 +2,6 @@
 // backwards, and the random bytes of dropout. The contract of each kernel stands at the top of kernels/<name>.h.
 #pragma once
 
-#include <type_traits>
-
 #include "kernel_table.h"
 
 namespace bert_fast {
@@ -17,6 +15,13 @@ struct Dropout {
 
 // Columns that one call of the generator decides about.
 constexpr int64_t DROPOUT_COLUMNS = 16;
+
+// Columns whose bytes are made together, and those of a row of bytes: whole ones of them.
+constexpr int64_t PHILOX_COLUMNS = 128;
+
+inline int64_t dropout_columns(int64_t columns) {
+  return (columns + PHILOX_COLUMNS - 1) / PHILOX_COLUMNS * PHILOX_COLUMNS;
+}
 
 // Which rows of a mask of dropout, and of the statistics of a softmax, belong to the queries of attention: query i of
 // `batch` is row batch * batch_rows + i.
@@ -79,14 +84,8 @@ struct TrainingTable {
   AttentionTraining<float> attention_f32;
   AttentionTraining<bfloat16> attention_bf16;
 
-  template <class T>
-  const AttentionTraining<T>& attention() const {
-    if constexpr (std::is_same_v<T, float>) {
-      return attention_f32;
-    } else {
-      return attention_bf16;
-    }
-  }
+  const AttentionTraining<float>& attention(float) const { return attention_f32; }
+  const AttentionTraining<bfloat16>& attention(bfloat16) const { return attention_bf16; }
 };
 
 extern const TrainingTable scalar_training;

@@ -53,9 +53,10 @@ std::tuple<Tensor, Tensor> attention_train(const Tensor& q, const Tensor& k, con
                                attention_strides(dense_v), attention_strides(out),     q.size(-1),
                                static_cast<float>(scale)};
     const AttentionTrain<T> args{forward, mutable_data<float>(lse), attention_rows(q), dropout};
-    run_attention(
-        attention_tasks(batch.sequences, q.size(-2)), q.size(-1), 2, attention_train_scratch_size,
-        [&](const AttentionTask& task, float* scratch) { table.attention<T>().attention_train(args, task, scratch); });
+    run_attention(attention_tasks(batch.sequences, q.size(-2)), q.size(-1), 2, attention_train_scratch_size,
+                  [&](const AttentionTask& task, float* scratch) {
+                    table.attention(element).attention_train(args, task, scratch);
+                  });
   });
   return {out, lse};
 }
@@ -110,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
     const auto tasks = attention_tasks(batch.sequences, q.size(-2), std::numeric_limits<int64_t>::max());
     run_attention(tasks, q.size(-1), 5, attention_backward_scratch_size,
                   [&](const AttentionTask& task, float* scratch) {
-                    table.attention<T>().attention_backward(args, task, scratch);
+                    table.attention(element).attention_backward(args, task, scratch);
                   });
   });
   return {dq, dk, dv};

@@ -8,7 +8,7 @@
 
 namespace bert_fast::BERT_FAST_ISA {
 
-static_assert(DROPOUT_QUERIES == PHILOX_CALLS && DROPOUT_COLUMNS % LANES == 0);
+static_assert(DROPOUT_QUERIES % WIDE_LANES == 0 && DROPOUT_COLUMNS % LANES == 0);
 
 // The probabilities of one query that dropout keeps, by the bytes of its keys: sixteen neighbours, and then those of
 // the other queries that were drawn with them.
@@ -18,7 +18,7 @@ struct KeepSome {
 
   BERT_FAST_INLINE Vec operator()(Vec v, int64_t key) const {
     const int64_t block = key / DROPOUT_COLUMNS;
-    return keep_from(v, bytes + block * DROPOUT_QUERIES * DROPOUT_COLUMNS + key % DROPOUT_COLUMNS, threshold);
+    return kept(v, bytes + block * DROPOUT_QUERIES * DROPOUT_COLUMNS + key % DROPOUT_COLUMNS, threshold);
   }
 };
 
@@ -47,16 +47,12 @@ class AttentionDropout {
 
   void draw(int64_t query) {
     first_ = query;
-    PhiloxCounters counters;
-    for (int64_t i = 0; i < DROPOUT_QUERIES; ++i) {
-      const int64_t row = first_row_ + row_of(sequence_, std::min(query + i, sequence_.length - 1));
-      counters.c1[i] = static_cast<uint32_t>(row);
-      counters.c2[i] = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
-      counters.c3[i] = static_cast<uint32_t>(plane_);
-    }
+    uint64_t rows[DROPOUT_QUERIES];
+    for (int64_t i = 0; i < DROPOUT_QUERIES; ++i)
+      rows[i] = static_cast<uint64_t>(first_row_ + row_of(sequence_, std::min(query + i, sequence_.length - 1)));
     if (sequence_.rows == nullptr) {
       for (int64_t key = 0; key < sequence_.length; key += DROPOUT_COLUMNS)
-        call(counters, key / DROPOUT_COLUMNS, bytes_ + key / DROPOUT_COLUMNS * SIZE);
+        call(rows, key / DROPOUT_COLUMNS, bytes_ + key / DROPOUT_COLUMNS * SIZE);
       return;
     }
     // Keys that are apart: their columns are brought together.
@@ -64,16 +60,15 @@ class AttentionDropout {
     int64_t drawn_block = -1;
     for (int64_t key = 0; key < sequence_.length; ++key) {
       const int64_t column = sequence_.rows[key], block = column / DROPOUT_COLUMNS;
-      if (block != drawn_block) call(counters, drawn_block = block, drawn);
+      if (block != drawn_block) call(rows, drawn_block = block, drawn);
       const uint8_t* from = drawn + column % DROPOUT_COLUMNS;
       uint8_t* to = bytes_ + key / DROPOUT_COLUMNS * SIZE + key % DROPOUT_COLUMNS;
       for (int64_t i = 0; i < SIZE; i += DROPOUT_COLUMNS) to[i] = from[i];
     }
   }
 
-  void call(PhiloxCounters& counters, int64_t block, uint8_t* out) const {
-    for (uint32_t& word : counters.c0) word = static_cast<uint32_t>(block);
-    philox(dropout_.seed, counters, out);
+  void call(const uint64_t* rows, int64_t block, uint8_t* out) const {
+    philox_rows(dropout_.seed, rows, DROPOUT_QUERIES, static_cast<uint64_t>(plane_), block, out);
   }
 
   Dropout dropout_;

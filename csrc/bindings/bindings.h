@@ -197,6 +197,8 @@ void bind_training(pybind11::module_& module);
 
 // Adds what training needs of the ops that end in a LayerNorm.
 void bind_layer_norm_training(pybind11::module_& module);
+// Adds attention's forward for training and its backward.
+void bind_attention_training(pybind11::module_& module);
 
 // Adds the op linear and the packing of its weights to the module.
 void bind_linear(pybind11::module_& module);

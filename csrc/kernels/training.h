@@ -8,6 +8,8 @@
 #include "cross_entropy.h"
 #include "layer_norm_backward.h"
 #include "layer_norm_train.h"
+#include "attention_backward.h"
+#include "attention_train.h"
 #include "philox.h"
 #include "pooling_backward.h"
 
@@ -33,6 +35,8 @@ constexpr TrainingTable training_kernels{
     residual_training<float, float>,
     residual_training<bfloat16, bfloat16>,
     residual_training<bfloat16, float>,
+    {attention_train<float>, attention_backward<float>},
+    {attention_train<bfloat16>, attention_backward<bfloat16>},
 };
 
 }  // namespace bert_fast::BERT_FAST_ISA

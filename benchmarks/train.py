@@ -129,13 +129,13 @@ def bench_training(
     trainees = {name: trainee for name, trainee in TRAINEES[settings.device].items() if name in names}
     specs = {name: trainee.spec(settings.device) for name, trainee in trainees.items()}
     max_error = {name: MAX_TRAINING_ERROR[trainee.dtype] for name, trainee in trainees.items()}
-    with Crew(specs, settings.threads, settings.device, settings.budget, TrainingWorker) as crew:
+    with Crew({}, settings.threads, settings.device, settings.budget, TrainingWorker) as crew:
         for case in cases:
             config = config_of(case)
             steps = Steps.of(case, config.vocab_size)
             same = steps.computed_tokens("grouped") == steps.computed_tokens("padded")  # no padding, nothing to group
             wanted = [name for name, trainee in trainees.items() if not (same and trainee.layout == "grouped")]
-            crew.specs = {name: specs[name] for name in wanted}  # one that failed in another case begins anew
+            crew.specs = {name: specs[name] for name in wanted}  # one that failed in the case before begins anew
             label = f"{MODELS[case.model].title} {case.task} {case.batch}"
             print(f"timing {label}: {', '.join(wanted)}", file=sys.stderr)
             try:

@@ -171,7 +171,7 @@ class Training:
 
     def _loss(self, run: Callable[..., Any], batch: Batch, dtype: torch.dtype) -> Tensor:
         with torch.autocast(self.device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return run(**batch).loss
+            return run(**batch, **self.options).loss
 
     def _build(self, case: TrainCase) -> None:
         if self.case is not None:  # the memory of the case before, first
@@ -182,6 +182,8 @@ class Training:
         self.run: Callable[..., Any] = self.model
         if self.trainee.compiled:
             self.run = torch.compile(self.model, dynamic=True)  # one for the shapes of all batches
+        ours = self.trainee.model in ("accelerated", "own")
+        self.options = {"loss_only": True} if ours and case.task == "mlm" else {}  # nobody reads the logits
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, LEARNING_RATE, weight_decay=0.01, fused=True)
 

@@ -90,16 +90,19 @@ class KernelCase:
     case: str
     dtype: str = "bfloat16"
     width: int = 1024
+    dropout_p: float = 0.0
 
     @property
     def name(self) -> str:
         """What tables call the batch."""
-        return f"{self.case}, width {self.width}"
+        return f"{self.case}, width {self.width}{f', dropout {self.dropout_p}' if self.dropout_p else ''}"
 
 
 #: Tensors of 0.2 to 0.3 gigabytes: several times any L2, and a launch is hidden behind the kernel before.
 KERNELS = (
     *(KernelCase("attention", case) for case in ("256x512", "512x256", "1024x128", "squad728", "2048x64", "mix3072")),
+    KernelCase("attention_backward", "256x512"),
+    KernelCase("attention_backward", "256x512", dropout_p=0.1),
     KernelCase("residual_layer_norm", "1024x128"),
     KernelCase("embedding_layer_norm", "1024x128"),
     KernelCase("bias_gelu", "256x128", width=4096),
@@ -114,6 +117,8 @@ KERNELS = (
 QUICK_KERNELS = (
     KernelCase("attention", "3x8", width=128),
     KernelCase("attention", "mix5", "float32", width=64),
+    KernelCase("attention_backward", "mix5", "float32", width=64),
+    KernelCase("attention_backward", "3x8", "float32", width=64, dropout_p=0.1),
     *(
         KernelCase(op, "mix4", width=64)
         for op in ("residual_layer_norm", "embedding_layer_norm", "bias_gelu", "linear_gelu", "pooling")

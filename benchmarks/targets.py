@@ -80,8 +80,8 @@ def _of(value: Value, model: str, case: str, dtype: str = "bfloat16") -> Figure:
     return figure
 
 
-def _of_kernel(value: Value, op: str, batch: str) -> Figure:
-    case = KernelCase(op, batch)
+def _of_kernel(value: Value, op: str, batch: str, dropout_p: float = 0.0) -> Figure:
+    case = KernelCase(op, batch, dropout_p=dropout_p)
     return _of(value, op, case.name, case.dtype)
 
 
@@ -170,6 +170,17 @@ TARGETS = (
             ceiling="product",
         )
         for length, required, case in ((128, 200, "1024x128"), (256, 280, "512x256"), (512, 330, "256x512"))
+    ),
+    *(
+        Target(
+            f"attention's gradient, head_dim 64, length 512{f', dropout {dropout_p}' if dropout_p else ''}",
+            required,
+            "TFLOP/s",
+            _of_kernel(_tflops, "attention_backward", "256x512", dropout_p),
+            part="kernels",
+            ceiling="product",
+        )
+        for dropout_p, required in ((0.0, 240), (0.1, 200))
     ),
     *(
         Target(op, 3.7, "TB/s", _of_kernel(_terabytes, op, "1024x128"), part="kernels", ceiling="copy")

@@ -279,5 +279,5 @@ def test_the_stay_does_not_select_its_own_tests() -> None:
     done = subprocess.run([*command, "--collect-only", "-qq"], cwd=ROOT, capture_output=True, text=True)
     chosen = [line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line]
     assert {"tests/ops/test_attention.py", "tests/ops/test_pooling.py", "tests/test_packing.py"} <= set(chosen)
-    others = ("stay", "targets", "crew", "workloads", "triton_compile", "packing_compile")
+    others = ("stay", "targets", "crew", "workloads", "train_benchmark", "triton_compile", "packing_compile")
     assert not set(chosen) & {f"tests/test_{name}.py" for name in others}

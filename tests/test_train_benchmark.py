@@ -331,7 +331,7 @@ def test_targets_of_a_cpu(result: report.Result) -> None:
     assert [verdict["met"] for verdict in judged.values()] == [True, True, True, True, False, True]
 
 
-def test_targets_of_training_on_a_gpu(result: report.Result) -> None:
+def test_targets_of_training_on_an_h200(result: report.Result) -> None:
     case = TrainCase("base", "mlm", "128x128", 2)
     gpu: report.Result = {
         **result,

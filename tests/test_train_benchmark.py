@@ -163,7 +163,9 @@ def test_a_contender_begins_with_the_gradient_of_transformers(name: str, case: T
     losses = training(request(case, trainee.layout, "steps"))
     assert losses.shape == (case.steps,)
     assert losses.isfinite().all()
-    assert not torch.equal(training(request(case, trainee.layout, "compared")), found)  # and this did
+    trained = training.parameters[0].detach().clone()
+    assert torch.equal(training(request(case, trainee.layout, "compared")), found)  # it begins anew
+    assert not torch.equal(training.parameters[0], trained)
 
 
 @pytest.mark.usefixtures("_small")

@@ -53,7 +53,7 @@ from bert_fast.timing import Timing, WrongAnswerError, using_threads
 MAX_TRAINING_ERROR = {"float32": 1e-4, "bfloat16": 5e-2}
 
 #: Seconds that torch.compile may take in all, of a run of ten minutes. What it compiled stays in its cache.
-COMPILE_SECONDS = 100.0
+COMPILE_SECONDS = 60.0
 
 
 def main() -> None:

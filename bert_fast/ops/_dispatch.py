@@ -37,6 +37,7 @@ class Traits(NamedTuple):
 
     head_dim: int = 0  # attention only
     bias: bool = False  # attention only
+    half: bool = False  # residual_layer_norm only: x is float16
     dropout: bool = False
     forward_ad: bool = False  # forward-mode derivatives are wanted
 

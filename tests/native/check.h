@@ -180,5 +180,6 @@ void test_threads();
 void test_memory();
 void test_offsets();
 void test_attention_training();
+void test_dense();
 
 }  // namespace bert_fast

@@ -213,8 +213,8 @@ struct Dense {
   float* left_sums;  // (rows), or null: the sums of `left`, which is not along k, over k
 };
 
-// The most rows and columns of a part of `out` that one call makes; of a block of k, in floats or pairs of bfloat16;
-// and rows of `left` that are packed together.
+// The most columns of a part of `out` that one call makes; its most rows, where its sums are kept in scratch; the most
+// floats or pairs of bfloat16 in a block of k; and the rows of `left` that are packed together.
 constexpr int64_t DENSE_ROWS = 1344, DENSE_COLUMNS = 12 * PANEL, DENSE_STEPS = 384, DENSE_BLOCK_ROWS = 112;
 
 // What one thread packs into: most of a second-level cache, `sums` apart.

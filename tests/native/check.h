@@ -181,5 +181,6 @@ void test_threads();
 void test_memory();
 void test_offsets();
 void test_attention_training();
+void test_dense();
 
 }  // namespace bert_fast

@@ -31,7 +31,7 @@ ALLOWED = {
 }
 ABOVE = {
     "__init__", "loading", "tokenization", "batching", "transfer", "embedder", "bulk", "verify", "timing",
-    "benchmarking", "info", "doctor", "demo", "tuning", "cli",
+    "benchmarking", "info", "doctor", "demo", "tuning", "training", "cli",
 }  # fmt: skip
 #: Imported only inside functions, by whoever imports them.
 LAZY = {"kernels", "_C", "loading", "transformers", "triton", "sentence_transformers", "matplotlib"}

@@ -121,3 +121,8 @@ class Encoder:
 
 def fingerprint(module: Module) -> tuple[int, int]:
     """(structure, parameters) of a tree of torch modules: whether it has changed."""
+
+# Training (csrc/bindings/training.cpp)
+
+def dropout_bytes(seed: int, first_row: int, rows: int, columns: int, plane: int = 0) -> Tensor:
+    """The random bytes that decide about dropout, (rows, columns) uint8."""

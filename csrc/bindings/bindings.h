@@ -174,6 +174,9 @@ void bind_encoder(pybind11::module_& module);
 // Adds the function fingerprint.
 void bind_fingerprint(pybind11::module_& module);
 
+// Adds what training needs: the ops' forwards for it, their backwards, and the random bytes of dropout.
+void bind_training(pybind11::module_& module);
+
 // Adds the op linear and the packing of its weights to the module.
 void bind_linear(pybind11::module_& module);
 

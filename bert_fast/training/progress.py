@@ -96,7 +96,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype, size: int = 8192) ->
 def describe(logs: Mapping[str, Any]) -> str:
     """A log as one line for people: what `SHOWN` names of it, or all of it where it has none of that."""
     shown = [f"{title} {form.format(logs[name])}" for name, title, form in SHOWN if logs.get(name)]
-    return " · ".join(shown or [f"{name} {value}" for name, value in logs.items()])
+    return " · ".join(shown or [f"{name} {value:.4g}" for name, value in logs.items()])
 
 
 class Progress(ProgressCallback):

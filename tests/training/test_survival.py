@@ -21,7 +21,7 @@ from bert_fast.training.progress import METRICS_FILE, read
 from bert_fast.training.trainer import Trainer
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     """Ends a run in the test."""
 
 
@@ -33,7 +33,7 @@ class Interrupt(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
-            raise Interrupted
+            raise InterruptedRunError
 
 
 def losses(output_dir: Path) -> list[tuple[int, float, float]]:
@@ -45,16 +45,19 @@ def losses(output_dir: Path) -> list[tuple[int, float, float]]:
 @pytest.mark.parametrize(
     ("options", "masks"),
     [
-        pytest.param({"max_tokens_per_batch": 40}, True, id="by tokens, ends in the middle of an epoch"),
-        pytest.param({"max_tokens_per_batch": 40, "gradient_accumulation_steps": 2, "save_steps": 4}, True, id="accumulated"),
-        pytest.param({"per_device_train_batch_size": 4}, False, id="transformers' batches, ends at the end of an epoch"),
+        pytest.param({"max_tokens_per_batch": 40}, True, id="by tokens, in the middle of an epoch"),
+        pytest.param(
+            {"max_tokens_per_batch": 40, "gradient_accumulation_steps": 2, "save_steps": 2}, True, id="accumulated"
+        ),
+        pytest.param({"per_device_train_batch_size": 4}, False, id="transformers' batches, at the end of an epoch"),
+        pytest.param({"per_device_train_batch_size": 6}, False, id="transformers' batches, in the middle of one"),
         pytest.param(
             {"max_tokens_per_batch": 40, "logging_steps": 4, "optimizer": "lamb", "dataloader_num_workers": 1},
             True,
             id="a mean over steps before and after, another optimiser, a worker",
         ),
     ],
-)  # fmt: skip
+)
 def test_an_interrupted_run_has_the_losses_of_an_uninterrupted_one(
     tmp_path: Path, options: dict[str, Any], masks: bool
 ) -> None:
@@ -73,7 +76,7 @@ def test_an_interrupted_run_has_the_losses_of_an_uninterrupted_one(
     whole.train()
     first = trainer("parts")
     first.add_callback(Interrupt(6))
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         first.train()
     again = trainer("parts")
     torch.rand(5)  # whatever else draws random numbers between the runs

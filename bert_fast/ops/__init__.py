@@ -12,6 +12,7 @@ from bert_fast.ops._dispatch import (
     forward_ad_is_on,
     warn_of_fallback,
 )
+from bert_fast.ops._dropout import draw_seeds
 from bert_fast.ops.attention import attention, attention_schedule
 from bert_fast.ops.attention_probabilities import attention_probabilities
 from bert_fast.ops.bias_gelu import bias_gelu
@@ -32,6 +33,7 @@ __all__ = [
     "attention_probabilities",
     "attention_schedule",
     "bias_gelu",
+    "draw_seeds",
     "embedding_layer_norm",
     "extension",
     "force",

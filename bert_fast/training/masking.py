@@ -10,9 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from bert_fast.heads import IGNORED_LABEL
 from bert_fast.training.batches import INDEX, PackingCollator
-
-IGNORED_LABEL = -100
 
 #: Of the tokens to predict these parts become [MASK], and any word of the vocabulary; the rest stays.
 MASKED, REPLACED = 0.8, 0.1
@@ -123,10 +122,13 @@ class MaskingCollator:
 
     def _draw(self, indices: list[int], lengths: NDArray[Any]) -> NDArray[np.float64]:
         """(3, num_tokens) numbers of [0, 1): the order of choice, what becomes of a token, and its replacement."""
-        epoch = int(self._epoch)
-        seeds = (np.random.SeedSequence((self.seed, epoch, index)) for index in indices)
-        generators = (np.random.Generator(np.random.Philox(seed)) for seed in seeds)
-        return np.concatenate([rng.random((3, n)) for rng, n in zip(generators, lengths, strict=True)], axis=1)
+        bits = np.random.Philox(np.random.SeedSequence((self.seed, int(self._epoch))))
+        generator, state, parts = np.random.Generator(bits), bits.state, []
+        for index, length in zip(indices, lengths, strict=True):
+            state["state"]["counter"][2] = index  # of 2^256 values: streams of examples are 2^128 of them apart
+            bits.state = state
+            parts.append(generator.random((3, length)))
+        return np.concatenate(parts, axis=1)
 
     def _counts(self, lengths: NDArray[Any]) -> NDArray[np.int64]:
         """How many tokens of each text to predict; halves are rounded to even, as Python does."""
@@ -149,7 +151,7 @@ def choose(
         (num_tokens,) bool.
     """
     texts = np.repeat(np.arange(len(lengths)), lengths)
-    order = np.lexsort((np.where(candidates, scores, 1.0), texts))
+    order = np.argsort(2 * texts + np.where(candidates, scores, 1.5), kind="stable")
     ranks = np.arange(len(texts)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     chosen = np.zeros(len(texts), bool)
     chosen[order] = ranks < np.repeat(counts, lengths)

@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import nested_gather
 from bert_fast import loading
 from bert_fast.heads import Head
 from bert_fast.training import checkpoints
+from bert_fast.training.arguments import TrainingArguments
 from bert_fast.training.signals import Termination
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ class DurableTrainer(transformers.Trainer):
         skipped_steps: optimiser steps left out because something was not finite, since the beginning of the run.
         batches_done: micro-batches trained on in this epoch.
     """
+
+    args: TrainingArguments
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.terminating = False
@@ -82,7 +85,7 @@ class DurableTrainer(transformers.Trainer):
         """Take the output folder, and find the checkpoint to go on from; the first process does, for all."""
         answer: list[Any] = [None, None]
         if self.is_world_process_zero():
-            output_dir = Path(self.args.output_dir)
+            output_dir = Path(self._get_output_dir(trial=None))
             try:
                 stack.enter_context(checkpoints.locked(output_dir))
                 checkpoints.remove_leftovers(output_dir)
@@ -136,7 +139,8 @@ class DurableTrainer(transformers.Trainer):
         stateful = [
             part for part in [*self.callback_handler.callbacks, self.control] if isinstance(part, ExportableState)
         ]
-        self.state.stateful_callbacks = TrainerState(stateful_callbacks=stateful).stateful_callbacks
+        states = TrainerState(stateful_callbacks=stateful)  # type: ignore[arg-type]
+        self.state.stateful_callbacks = states.stateful_callbacks
         self.state.save_to_json(str(staging / STATE_FILE))
         run = {
             "order": self.order(),
@@ -151,7 +155,7 @@ class DurableTrainer(transformers.Trainer):
         if not isinstance(self.model, Head):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or self._get_output_dir(trial=None))
             folder.mkdir(parents=True, exist_ok=True)
             loading.write_files(self.model, folder)
             if self.processing_class is not None:

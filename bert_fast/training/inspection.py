@@ -63,7 +63,8 @@ class Inspector:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.head, self.config = type(model).__name__, getattr(model, "config", None)
+        self.head = type(model).__name__
+        self.config: Any = getattr(model, "config", None)
         self.hides_labels = isinstance(model, Head)
 
     def facts(self, batch: Mapping[str, Any], indexes: tuple[int, ...] = ()) -> Facts:

@@ -111,20 +111,21 @@ class Trainer(DurableTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches by tokens, or transformers' own, with the facts about each."""
-        if self.train_dataset is None or isinstance(self.train_dataset, IterableDataset):
+        examples: Any = self.train_dataset
+        if examples is None or isinstance(examples, IterableDataset):
             if self.args.max_tokens_per_batch is not None:
                 raise ValueError("max_tokens_per_batch needs a train_dataset with a length")
             return super().get_train_dataloader()
-        if not len(self.train_dataset):
+        if not len(examples):
             raise ValueError("train_dataset is empty")
-        dataset = IndexedDataset(self.train_dataset)
+        dataset = IndexedDataset(examples)
         if self.args.max_tokens_per_batch is None:
             return self._get_dataloader(
                 dataset, "Training", self._train_batch_size, lambda _: self._get_train_sampler(), is_training=True
             )
         loader = DataLoader(
             dataset,
-            batch_sampler=self._token_sampler(),
+            batch_sampler=self._token_sampler(examples, self.args.max_tokens_per_batch),
             collate_fn=self._get_collator_with_removed_columns(self.data_collator, "Training"),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -137,11 +138,11 @@ class Trainer(DurableTrainer):
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
 
-    def _token_sampler(self) -> TokenBudgetSampler:
+    def _token_sampler(self, examples: Any, max_tokens: int) -> TokenBudgetSampler:
         if self._sampler is None:
             self._sampler = TokenBudgetSampler(
-                [len(self.train_dataset[index]["input_ids"]) for index in range(len(self.train_dataset))],
-                self.args.max_tokens_per_batch,
+                [len(examples[index]["input_ids"]) for index in range(len(examples))],
+                max_tokens,
                 seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
                 num_replicas=self.args.world_size,
                 rank=self.args.process_index,
@@ -152,7 +153,7 @@ class Trainer(DurableTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns += getattr(self.model, "other_labels", ())
+            self._signature_columns += getattr(self.model, "other_labels", ())  # type: ignore[operator]
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         self._set_signature_columns_if_needed()
@@ -222,11 +223,12 @@ class Trainer(DurableTrainer):
     def _steps(self, num_batches: int) -> int:
         return math.ceil(num_batches / self.args.gradient_accumulation_steps)
 
-    def _run_epoch(self, *, epoch: int, **options: Any) -> None:
+    def _run_epoch(self, *, epoch: int, **options: Any) -> None:  # type: ignore[override]
         if self.state.global_step >= self.state.max_steps:  # resumed at its end
             self.control.should_training_stop = True
             return
-        for follower in (self._sampler, self.data_collator, self._unfreezing):
+        followers: tuple[Any, ...] = (self._sampler, self.data_collator, self._unfreezing)
+        for follower in followers:
             if hasattr(follower, "set_epoch"):
                 follower.set_epoch(epoch)
         resumed = options["resume_from_checkpoint"] is not None and epoch == options["epochs_trained"]
@@ -241,9 +243,10 @@ class Trainer(DurableTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser of the arguments, over the parameters that are trained."""
         if self.optimizer is None:
-            args, model = self.args, self.model if model is None else model
+            args, trained = self.args, self.model if model is None else model
+            assert trained is not None
             groups = parameter_groups(
-                model, args.learning_rate, weight_decay=args.weight_decay, layer_decay=args.layer_decay
+                trained, args.learning_rate, weight_decay=args.weight_decay, layer_decay=args.layer_decay
             )
             self.optimizer = make_optimizer(
                 args.optimizer,
@@ -261,7 +264,7 @@ class Trainer(DurableTrainer):
         if self.lr_scheduler is None:
             self.lr_scheduler = make_schedule(
                 self.args.schedule,
-                self.optimizer if optimizer is None else optimizer,
+                self.create_optimizer() if optimizer is None else optimizer,
                 total_steps=num_training_steps,
                 warmup_steps=min(self.args.get_warmup_steps(num_training_steps), num_training_steps),
             )
@@ -286,7 +289,8 @@ class Trainer(DurableTrainer):
             counts = torch.tensor(sums, dtype=torch.int64)
             dist.all_reduce(counts, group=self._counts_group)
             sums = counts.tolist()
-        self._step = _Step(*sums[:4], terminating=sums[4] > 0)
+        num_labels, num_pairs, num_tokens, flops, signals = sums
+        self._step = _Step(num_labels, num_pairs, num_tokens, flops, terminating=signals > 0)
         self._micro_batches.clear()
         return batches, None
 

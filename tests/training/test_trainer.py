@@ -213,7 +213,8 @@ def test_every_epoch_has_all_examples_though_numbers_of_batches_differ(tmp_path:
     arguments = tiny.arguments(tmp_path, max_steps=-1, num_train_epochs=6, max_tokens_per_batch=30)
     trainer = Trainer(tiny.masked_lm(), arguments, train_dataset=tiny.examples(), data_collator=tiny.masking())
     trainer.train()
-    sampler = trainer._token_sampler()
+    sampler = trainer._sampler
+    assert sampler is not None
     numbers = [sampler.num_batches(epoch) for epoch in range(6)]
     assert len(set(numbers)) > 1, "the case is not what it should be: choose another max_tokens_per_batch"
     assert trainer.state.global_step == sum(numbers)

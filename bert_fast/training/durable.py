@@ -185,6 +185,7 @@ class DurableTrainer(transformers.Trainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         self.skipped_steps, self.batches_done, self._logged = 0, 0, None
+        order = self.order()  # now, and not only when something is saved: the data may change while the run goes on
         if resume_from_checkpoint is None:
             return place
         file = Path(resume_from_checkpoint) / RUN_FILE
@@ -192,21 +193,12 @@ class DurableTrainer(transformers.Trainer):
         self.skipped_steps, self._logged = run["skipped_steps"], run["logged"]
         if self.args.ignore_data_skip:
             return place
-        self._check_order(run["order"])
+        _check_order(run["order"], order)
         return self.go_to(run["position"], place)
 
     def go_to(self, position: dict[str, Any], place: tuple[int, int]) -> tuple[int, int]:
         """The epoch to go on in, and how many of its batches to leave out; `place` is what transformers says."""
         return place
-
-    def _check_order(self, before: dict[str, Any]) -> None:
-        now = self.order()
-        if changed := [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]:
-            differences = "; ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in sorted(changed))
-            raise ValueError(
-                f"the run cannot go on where it was, for its batches would be other ones: {differences}. With "
-                "ignore_data_skip=True it goes on from the beginning of an epoch"
-            )
 
 
 class _Ending(TrainerCallback):
@@ -248,6 +240,15 @@ def _checkpoint(output_dir: Path, wanted: str | bool | None) -> str | None:
             "another output_dir"
         )
     return None
+
+
+def _check_order(before: dict[str, Any], now: dict[str, Any]) -> None:
+    if changed := [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]:
+        differences = "; ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in sorted(changed))
+        raise ValueError(
+            f"the run cannot go on where it was, for its batches would be other ones: {differences}. With "
+            "ignore_data_skip=True it goes on from the beginning of an epoch"
+        )
 
 
 def _tied(model: nn.Module) -> set[str]:

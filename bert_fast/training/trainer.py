@@ -164,7 +164,7 @@ class Trainer(DurableTrainer):
         return InspectingCollator(data_collator, columns, self._inspector)
 
     def _get_dataloader(self, dataset: Any, description: str, *others: Any, **options: Any) -> Any:
-        if description != "Training" and has_length(dataset):
+        if description != "Training" and has_length(dataset) and not isinstance(dataset, IterableDataset):
             dataset = IndexedDataset(dataset)
         return super()._get_dataloader(dataset, description, *others, **options)
 

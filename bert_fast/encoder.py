@@ -76,6 +76,12 @@ def encode(
     return rows
 
 
+def encode_first(bert: Any, ragged: Ragged, hidden_act: str, num_heads: int) -> Tensor:
+    """(batch_size, hidden_size), the last layer's row of the first token of each sequence; zeros for an empty one."""
+    starts, is_empty = ragged.first()
+    return encode(bert, ragged, hidden_act, num_heads, subset=starts).masked_fill(is_empty[:, None], 0.0)
+
+
 def _layer(
     layer: Any,
     rows: Tensor,

@@ -19,6 +19,7 @@ from bert_fast.ops.bias_gelu import bias_gelu
 from bert_fast.ops.embedding_layer_norm import embedding_layer_norm
 from bert_fast.ops.linear import PackedWeight, linear
 from bert_fast.ops.linear_gelu import linear_gelu
+from bert_fast.ops.masked_lm_loss import masked_lm_loss
 from bert_fast.ops.pooling import pooling
 from bert_fast.ops.residual_layer_norm import residual_layer_norm
 
@@ -41,6 +42,7 @@ __all__ = [
     "forward_ad_is_on",
     "linear",
     "linear_gelu",
+    "masked_lm_loss",
     "pooling",
     "residual_layer_norm",
     "warn_of_fallback",

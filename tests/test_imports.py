@@ -36,7 +36,9 @@ ABOVE = {
 #: Imported only inside functions, by whoever imports them.
 LAZY = {"kernels", "_C", "loading", "transformers", "triton", "sentence_transformers", "matplotlib"}
 #: But for these: classes of a library that ours extend. Who imports them needs the library.
-EXTENDS = {"transformers": {f"training/{name}.py" for name in ("arguments", "trainer", "durable", "progress")}}
+EXTENDS = {
+    "transformers": {f"training/{name}.py" for name in ("arguments", "batched", "durable", "progress", "trainer")}
+}
 
 
 def imports(path):

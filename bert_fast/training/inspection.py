@@ -77,7 +77,7 @@ class Inspector:
             self._check(batch)
         except ValueError as error:
             raise ValueError(f"{error}, in a batch of the examples {', '.join(map(str, indexes))}") from error
-        num_pairs = _count(batch["next_sentence_label"]) if "next_sentence_label" in batch else 0
+        num_pairs = len(batch["next_sentence_label"]) if "next_sentence_label" in batch else 0
         return Facts(indexes, _lengths(batch), self._num_labels(batch), num_pairs)
 
     def _num_labels(self, batch: Mapping[str, Any]) -> int:
@@ -91,10 +91,11 @@ class Inspector:
         return len(_lengths(batch))
 
     def _check(self, batch: Mapping[str, Any]) -> None:
-        for name, classes in (("labels", self._num_classes(batch)), ("next_sentence_label", 2)):
+        targets = (("labels", self._num_classes(batch), IGNORED_LABEL), ("next_sentence_label", 2, None))
+        for name, classes, ignored in targets:
             labels = batch.get(name)
             if classes is not None and isinstance(labels, Tensor) and not labels.is_floating_point():
-                ids_in_range(name, labels, classes, ignored=IGNORED_LABEL)
+                ids_in_range(name, labels, classes, ignored)
 
     def _num_classes(self, batch: Mapping[str, Any]) -> int | None:
         """Of `labels`; None where they are not the number of a class."""

@@ -26,7 +26,7 @@ from bert_fast.training import checkpoints
 from bert_fast.training.trainer import Trainer
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["bert_fast.training.trainer"])
+SERVER.set_forkserver_preload(["bert_fast.training.trainer", "matplotlib.figure", "matplotlib.backends.backend_svg"])
 
 
 def start(function: Callable[..., None], *args: Any) -> Any:
@@ -102,7 +102,7 @@ def die_everywhere(folder: Path, report: Path) -> None:
         state = str([(path.relative_to(output_dir), path.stat().st_size) for path in sorted(output_dir.rglob("*"))])
         if state not in resumed:
             ended, _ = _forked(lambda channel: train(output_dir, 2, SAVING))
-            resumed[state] = [ended, sorted(path.name for path in output_dir.glob("*checkpoint*"))]
+            resumed[state] = [ended, sorted(path.name for path in output_dir.rglob("*checkpoint*"))]
         outcomes.append({"operation": operation, "signal": -status, "whole": whole, "resumed": resumed[state]})
     report.write_text(json.dumps(outcomes))
 

@@ -147,19 +147,20 @@ def test_it_learns_and_keeps_the_best_checkpoint(tmp_path: Path) -> None:
     arguments = tiny.arguments(
         tmp_path,
         max_steps=-1,
-        num_train_epochs=12,
+        num_train_epochs=20,
         max_tokens_per_batch=64,
-        learning_rate=1e-2,
+        learning_rate=3e-3,
         schedule="constant",
+        max_grad_norm=10.0,
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="loss",
-        layer_decay=0.9,
+        layer_decay=0.95,
     )
     rows = tiny.examples(labelled=True)
-    stopping = EarlyStoppingCallback(early_stopping_patience=2)
+    stopping = EarlyStoppingCallback(early_stopping_patience=6)
     trainer = Trainer(
         tiny.classifier(0.0), arguments, train_dataset=rows[:14], eval_dataset=rows[14:], callbacks=[stopping]
     )
@@ -210,7 +211,7 @@ def test_rates_are_those_of_the_schedule(tmp_path: Path, optimizer: str, schedul
 
 
 def test_every_epoch_has_all_examples_though_numbers_of_batches_differ(tmp_path: Path) -> None:
-    arguments = tiny.arguments(tmp_path, max_steps=-1, num_train_epochs=6, max_tokens_per_batch=30)
+    arguments = tiny.arguments(tmp_path, max_steps=-1, num_train_epochs=6, max_tokens_per_batch=38)
     trainer = Trainer(tiny.masked_lm(), arguments, train_dataset=tiny.examples(), data_collator=tiny.masking())
     trainer.train()
     sampler = trainer._sampler

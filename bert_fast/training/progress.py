@@ -33,12 +33,12 @@ SHOWN = (
     ("skipped_steps", "skipped steps", "{:d}"),
 )
 
-#: What the plot shows, one panel each: title, names in the log, whether the axis is logarithmic.
+#: What the plot shows, one panel each: title, names in the log.
 PANELS = (
-    ("loss", ("loss", "eval_loss"), False),
-    ("norm of the gradient", ("grad_norm",), True),
-    ("learning rate", ("learning_rate",), False),
-    ("tokens per second", ("tokens_per_second",), False),
+    ("loss", ("loss", "eval_loss")),
+    ("norm of the gradient", ("grad_norm",)),
+    ("learning rate", ("learning_rate",)),
+    ("tokens per second", ("tokens_per_second",)),
 )
 
 
@@ -166,12 +166,12 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6), layout="constrained")
-    for axes, (title, names, logarithmic) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for name in names:
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 50 else None)
-        axes.set(title=title, xlabel="step", yscale="log" if logarithmic else "linear")
+        axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
             axes.legend()

@@ -235,10 +235,10 @@ class Trainer(BatchedTrainer):
             return False
         if self.compute_loss_func is not None or self.label_smoother is not None:
             return False
-        if isinstance(self.model, Head):
-            return True
-        takes = isinstance(self.model, PreTrainedModel) and type(self.model).__name__ in drop_in.HOSTS
-        return takes and drop_in.is_accelerated(self.model) and not self._facts.num_pairs
+        inner = self.model
+        if not isinstance(inner, PreTrainedModel) or type(inner).__name__ not in drop_in.HOSTS:
+            return isinstance(inner, Head)
+        return drop_in.is_accelerated(inner) and not self._facts.num_pairs
 
     def prediction_step(
         self,

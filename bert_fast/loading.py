@@ -10,7 +10,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -329,16 +329,24 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def write_files(model: nn.Module, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors` into a folder that is there; arguments as in `save_pretrained`."""
+def write_files(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write `config.json` and `model.safetensors` into a folder that is there.
+
+    Args:
+        model: as in `save_pretrained`; a subclass goes by the name of ours.
+        folder: where to.
+        state: the weights by name, where the model has only a shard of them.
+    """
     from safetensors.torch import save_file
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = [aliases[0] for aliases in _tied(parameters)]
-    weights = {name: parameters[name].detach().cpu().contiguous() for name in names}
+    values = parameters if state is None else state
+    weights = {name: values[name].detach().cpu().contiguous() for name in names}
+    ours = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("bert_fast."))
     config = cast(BertConfig, model.config).to_dict()
     config.pop("torch_dtype", None)  # the older name of the same thing
-    config |= {"architectures": [type(model).__name__], "dtype": _dtype_name(next(iter(weights.values())).dtype)}
+    config |= {"architectures": [ours.__name__], "dtype": _dtype_name(next(iter(weights.values())).dtype)}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors lets only the owner read it

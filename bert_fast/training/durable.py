@@ -147,6 +147,7 @@ class DurableTrainer(transformers.Trainer):
             "position": self.position(),
             "skipped_steps": self.skipped_steps,
             "logged": logged,
+            "only_model": self.args.save_only_model,
         }
         (staging / RUN_FILE).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
@@ -157,7 +158,7 @@ class DurableTrainer(transformers.Trainer):
         elif self.args.should_save:
             folder = Path(output_dir or self._get_output_dir(trial=None))
             folder.mkdir(parents=True, exist_ok=True)
-            loading.write_files(self.model, folder)
+            loading.write_files(self.model, folder, state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(str(folder))
             torch.save(self.args, folder / "training_args.bin")
@@ -190,6 +191,8 @@ class DurableTrainer(transformers.Trainer):
             return place
         file = Path(resume_from_checkpoint) / RUN_FILE
         run = json.loads(file.read_text(encoding="utf-8"))
+        if run["only_model"]:
+            raise ValueError(f"{resume_from_checkpoint} was saved with save_only_model: a run cannot go on from it")
         self.skipped_steps, self._logged = run["skipped_steps"], run["logged"]
         if self.args.ignore_data_skip:
             return place

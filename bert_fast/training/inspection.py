@@ -63,7 +63,8 @@ class Inspector:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.head = type(model).__name__
+        names = [kind.__name__ for kind in type(model).__mro__]
+        self.head = next((name for name in names if name.startswith("BertFor")), "")
         self.config: Any = getattr(model, "config", None)
         self.hides_labels = isinstance(model, Head)
 

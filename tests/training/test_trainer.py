@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 import bert_fast
 from bert_fast import heads
-from bert_fast.modules import BertForPreTraining, BertForQuestionAnswering, BertForTokenClassification
+from bert_fast.modules import BertForMaskedLM, BertForPreTraining, BertForQuestionAnswering, BertForTokenClassification
 from bert_fast.training.progress import METRICS_FILE, PLOT_FILE, read
 from bert_fast.training.trainer import Trainer
 
@@ -222,3 +222,45 @@ def test_every_epoch_has_all_examples_though_numbers_of_batches_differ(tmp_path:
     assert trainer.state.epoch == 6.0
     assert trainer.state.num_input_tokens_seen == 6 * sum(len(row["input_ids"]) for row in tiny.examples())
     assert (tmp_path / PLOT_FILE).read_text().startswith("<?xml")
+
+
+def test_a_tokenizer_is_saved_with_the_model_and_pads_for_it(tmp_path: Path) -> None:
+    vocab = dict.fromkeys(["[PAD]", "[CLS]", "[SEP]", "[MASK]", *tiny.WORDS])
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab))
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"), unk_token="[MASK]")
+    arguments = tiny.arguments(tmp_path / "run", max_steps=1, save_strategy="steps")
+    model = tiny.classifier()
+    Trainer(model, arguments, train_dataset=tiny.examples(labelled=True), processing_class=tokenizer).train()
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint-1")
+    ids = saved(tiny.TEXTS[0])["input_ids"]
+    assert ids == tokenizer(tiny.TEXTS[0])["input_ids"]
+
+
+def test_autocast_in_bfloat16(tmp_path: Path) -> None:
+    """Losses near those in float32, parameters in float32."""
+    losses = []
+    for bf16 in (False, True):
+        folder = tmp_path / str(bf16)
+        arguments = tiny.arguments(folder, max_tokens_per_batch=64, bf16=bf16)
+        model = tiny.masked_lm(0.0)
+        Trainer(model, arguments, train_dataset=tiny.examples(), data_collator=tiny.masking()).train()
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        losses.append([line["loss"] for line in read(folder / METRICS_FILE) if "loss" in line])
+    assert losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+class LossAlone(BertForMaskedLM):
+    """Has no logits to give."""
+
+    def read(self, *args: Any, **options: Any) -> Any:
+        raise AssertionError("the logits of all words at all tokens were made")
+
+
+def test_where_nobody_reads_logits_none_are_made(tmp_path: Path) -> None:
+    """In training, and in evaluation without metrics; whose masks are always the same."""
+    arguments = tiny.arguments(tmp_path, max_tokens_per_batch=64)
+    rows, model = tiny.examples(), LossAlone(tiny.config(0.0))
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=tiny.masking())
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"] > 0.0

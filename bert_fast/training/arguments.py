@@ -43,6 +43,8 @@ class TrainingArguments(transformers.TrainingArguments):
             the indexes of its examples ("stop"). With float16 an overflow is the scaler's business, and counted too.
         peak_gflops: what one process's device can do, in 10^9 floating-point operations per second; the progress then
             has the fraction of it (`python -m benchmarks.peak` measures a CPU). None measures a GPU, and no CPU.
+        plot_metrics: draw `metrics.svg` from `metrics.jsonl` when the run ends, if matplotlib is installed.
+        ddp_find_unused_parameters: False, as all of BERT's heads use all their parameters; looking for others takes time.
         logging_nan_inf_filter: False, as such losses are seen to by `on_nan`.
         restore_callback_states_from_checkpoint: True, so that early stopping, too, goes on as if never interrupted.
 
@@ -59,6 +61,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     on_nan: str = field(default="skip", metadata={"help": "A step that is not finite: skip it, or stop the run."})
     peak_gflops: float | None = field(default=None, metadata={"help": "Peak of the device, for the fraction reached."})
+    plot_metrics: bool = field(default=True, metadata={"help": "Draw metrics.svg when the run ends."})
 
     learning_rate: float = field(default=5e-5, metadata={"help": "The highest learning rate of the schedule."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1 a fraction of all steps."})
@@ -66,6 +69,7 @@ class TrainingArguments(transformers.TrainingArguments):
     adam_epsilon: float = field(default=1e-6, metadata={"help": "Added to the denominator of the optimiser's step."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples per process and micro-batch."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between two lines of the log."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Needed where some are not used."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not used; see on_nan."})
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "Whether callbacks go on where they were when a run is resumed."}

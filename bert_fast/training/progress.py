@@ -109,7 +109,7 @@ class Progress(ProgressCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends each log to `metrics.jsonl` in the output folder, and plots the file when the run ends.
+    """Appends each log to `metrics.jsonl` in the output folder, and may plot the file when the run ends.
 
     A line is a JSON object: `step`, `epoch`, and what is logged. A run that is resumed first cuts what came after the
     checkpoint, and a line that was not finished, so that each step is there once.
@@ -130,7 +130,7 @@ class MetricsFile(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the plot."""
         file = Path(args.output_dir) / METRICS_FILE
-        if not state.is_world_process_zero or not file.exists():
+        if not (args.plot_metrics and state.is_world_process_zero and file.exists()):
             return
         if importlib.util.find_spec("matplotlib") is None:
             warnings.warn(f"{PLOT_FILE} is not drawn: matplotlib is not installed", stacklevel=2)
@@ -165,7 +165,8 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw loss, gradient, learning rate and speed over the steps; the ending of `path` says the format."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    figure = Figure(figsize=(10, 6))
+    figure.subplots_adjust(left=0.08, right=0.97, bottom=0.08, top=0.94, wspace=0.2, hspace=0.35)
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for name in names:
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]

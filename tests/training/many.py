@@ -24,10 +24,10 @@ class Death(TrainerCallback):
 
 
 def rows() -> list[dict[str, Any]]:
-    """Masked words, very unevenly many."""
+    """Masked words, very unevenly many; half of the texts have none."""
     examples = tiny.padded()
     for index, row in enumerate(examples):
-        count = 1 + (index * index) % 5
+        count = (index % 2) * (1 + index % 5)
         row["labels"] = [-100] + row["input_ids"][1 : 1 + count] + [-100] * (len(row["input_ids"]) - 1 - count)
     return examples
 
@@ -36,9 +36,16 @@ def main(folder: Path) -> None:
     """Both runs."""
     torch.set_num_threads(1)
     arguments = tiny.arguments(
-        folder / "elastic", max_steps=6, save_strategy="steps", save_steps=1, save_total_limit=2, ddp_timeout=60
+        folder / "elastic",
+        max_steps=6,
+        per_device_train_batch_size=2,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+        ddp_timeout=60,
     )
     Trainer(tiny.masked_lm(0.0), arguments, train_dataset=rows(), callbacks=[Death]).train(resume_from_checkpoint=True)
+    (folder / "restarts").write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])
     arguments = tiny.arguments(folder / "tokens", max_steps=-1, num_train_epochs=2, max_tokens_per_batch=30)
     Trainer(tiny.masked_lm(), arguments, train_dataset=tiny.examples(), data_collator=tiny.masking()).train()
     torch.distributed.destroy_process_group()

@@ -33,13 +33,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    assert "Signal 9 (SIGKILL) received" in done.stderr, "no process was killed"
+    assert (folder / "restarts").read_text() == "1", "no process was killed"
     return folder
 
 
 def test_two_processes_have_the_losses_and_gradients_of_one(folder: Path, tmp_path: Path) -> None:
-    """Though the numbers of labels differ, one was killed, and both went on from a checkpoint."""
-    arguments = tiny.arguments(tmp_path, max_steps=6, per_device_train_batch_size=8)
+    """Though some batches have no labels, one process was killed, and both went on from a checkpoint."""
+    arguments = tiny.arguments(tmp_path, max_steps=6, per_device_train_batch_size=4)
     one = Trainer(tiny.masked_lm(0.0), arguments, train_dataset=many.rows())
     one.train()
     expected, lines = ([x for x in read(f / METRICS_FILE) if "loss" in x] for f in (tmp_path, folder / "elastic"))

@@ -211,7 +211,7 @@ def test_rates_are_those_of_the_schedule(tmp_path: Path, optimizer: str, schedul
 
 
 def test_every_epoch_has_all_examples_though_numbers_of_batches_differ(tmp_path: Path) -> None:
-    arguments = tiny.arguments(tmp_path, max_steps=-1, num_train_epochs=6, max_tokens_per_batch=38)
+    arguments = tiny.arguments(tmp_path, max_steps=-1, num_train_epochs=6, max_tokens_per_batch=38, plot_metrics=True)
     trainer = Trainer(tiny.masked_lm(), arguments, train_dataset=tiny.examples(), data_collator=tiny.masking())
     trainer.train()
     sampler = trainer._sampler

@@ -94,6 +94,7 @@ def arguments(output_dir: Path | str, **others: Any) -> TrainingArguments:
         "logging_steps": 1,
         "save_strategy": "no",
         "disable_tqdm": True,
+        "plot_metrics": False,  # it takes longer than the steps
         "use_cpu": True,
     }
     return TrainingArguments(str(output_dir), **{**options, **others})

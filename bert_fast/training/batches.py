@@ -96,6 +96,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         if not 0 <= rank < num_replicas:
             raise ValueError(f"rank is {rank}, expected one of 0 to {num_replicas - 1}")
         self.lengths = _checked_lengths(lengths, max_tokens)
+        self._digest = hashlib.blake2b(self.lengths.tobytes(), digest_size=16).hexdigest()
         if len(self.lengths) < num_replicas:
             raise ValueError(f"{len(self.lengths)} texts cannot give each of {num_replicas} replicas a batch")
         self.max_tokens, self.max_sequences = max_tokens, max_sequences
@@ -114,7 +115,14 @@ class TokenBudgetSampler(Sampler[list[int]]):
             self.epoch, self.start_batch, self._earlier = epoch, 0, []
 
     def advance(self, num_batches: int = 1) -> None:
-        """Count batches as trained on: an iteration or a state from now on leaves them out."""
+        """Count batches as trained on: an iteration or a state from now on leaves them out.
+
+        Raises:
+            ValueError: the epoch does not have as many.
+        """
+        if self.start_batch + num_batches > self.num_batches():
+            done, whole = self.start_batch + num_batches, self.num_batches()
+            raise ValueError(f"{done} batches are done of the {whole} of epoch {self.epoch}; set_epoch begins another")
         self.start_batch += num_batches
 
     def num_batches(self, epoch: int | None = None) -> int:
@@ -170,7 +178,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         return {
             "num_texts": len(self.lengths),
             "num_tokens": int(self.lengths.sum()),
-            "digest_of_lengths": hashlib.blake2b(self.lengths.tobytes(), digest_size=16).hexdigest(),
+            "digest_of_lengths": self._digest,
             "max_tokens": self.max_tokens,
             "max_sequences": self.max_sequences,
             "seed": self.seed,
@@ -181,7 +189,9 @@ class TokenBudgetSampler(Sampler[list[int]]):
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if not self.shuffle:
             return np.arange(len(self.lengths))
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
+        # NumPy guarantees the integers of Philox from release to release, but not its own permutations of them.
+        keys = np.random.Philox(np.random.SeedSequence((self.seed, epoch))).random_raw(len(self.lengths))
+        return keys.argsort(kind="stable")
 
     def _plan(self) -> _Plan:
         key = (self.epoch, *self._earlier)
@@ -248,12 +258,12 @@ def _fill(
 def _split_last(cuts: list[int], sizes: NDArray[np.int64], num_replicas: int) -> None:
     """Split batches of the last step, the ones with most tokens first, until all replicas have one.
 
-    Where the last step has too few texts for that, the steps before it give theirs.
+    Where these have too few texts for that, batches before them are split, too.
     """
     num_batches = len(cuts) - 1
     missing, tail = -num_batches % num_replicas, num_batches % num_replicas
     while tail <= num_batches and len(sizes) - cuts[num_batches - tail] < tail + missing:
-        tail += num_replicas
+        tail += 1
     if tail > num_batches:
         raise ValueError(
             f"{len(sizes)} texts fill {num_batches} batches, which {num_replicas} replicas cannot share evenly; "

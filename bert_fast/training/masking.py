@@ -123,12 +123,12 @@ class MaskingCollator:
     def _draw(self, indices: list[int], lengths: NDArray[Any]) -> NDArray[np.float64]:
         """(3, num_tokens) numbers of [0, 1): the order of choice, what becomes of a token, and its replacement."""
         bits = np.random.Philox(np.random.SeedSequence((self.seed, int(self._epoch))))
-        generator, state, parts = np.random.Generator(bits), bits.state, []
+        state, parts = bits.state, []
         for index, length in zip(indices, lengths, strict=True):
             state["state"]["counter"][2] = index  # of 2^256 values: streams of examples are 2^128 of them apart
             bits.state = state
-            parts.append(generator.random((3, length)))
-        return np.concatenate(parts, axis=1)
+            parts.append(bits.random_raw(3 * int(length)).reshape(3, -1))
+        return (np.concatenate(parts, axis=1) >> 11) * 2.0**-53
 
     def _counts(self, lengths: NDArray[Any]) -> NDArray[np.int64]:
         """How many tokens of each text to predict; halves are rounded to even, as Python does."""

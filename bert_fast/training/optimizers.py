@@ -217,7 +217,7 @@ class LAMB(_MomentOptimizer):
 def _trust_ratios(params: list[Tensor], updates: Iterable[Tensor], limit: float | None) -> list[Tensor]:
     lengths, steps = (torch.stack(torch._foreach_norm(list(tensors))) for tensors in (params, updates))
     ratios = torch.where((lengths > 0) & (steps > 0), lengths / steps, 1.0)
-    return list(ratios.clamp(max=limit).unbind())
+    return list((ratios if limit is None else ratios.clamp(max=limit)).unbind())
 
 
 def _alike(params: Iterable[Tensor]) -> Iterable[list[Tensor]]:

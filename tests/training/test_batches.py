@@ -123,12 +123,17 @@ def test_another_number_of_replicas_continues_the_epoch(lengths, options, runs):
             found += [text for batch in batches for text in batch]
         state = samplers[0].state_dict()
     assert sorted(found) == list(range(len(lengths)))
+    samplers[0].set_epoch(1)
+    fresh = TokenBudgetSampler(lengths, num_replicas=num_replicas, **options)
+    fresh.set_epoch(1)
+    assert samplers[0].state_dict() == fresh.state_dict()
 
 
 @pytest.mark.parametrize("max_tokens", [512, 2048, 8192])  # 2, 8 and 32 times the longest text
 def test_batches_are_full_and_their_lengths_mixed(max_tokens):
     lengths = mix(20_000)
     batches = list(TokenBudgetSampler(lengths, max_tokens))
+    assert max(lengths[batch].sum() for batch in batches) <= max_tokens
     assert lengths.sum() / (len(batches) * max_tokens) >= 0.97
     halves = [np.concatenate(half) for half in (batches[: len(batches) // 2], batches[len(batches) // 2 :])]
     early, late = (lengths[half].mean() for half in halves)
@@ -159,6 +164,12 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert sampler.start_batch == 3, "the present epoch stays where it is"
     sampler.set_epoch(1)
     assert list(sampler) == batches(0, 1)
+
+
+def test_the_last_batches_are_split_evenly():
+    """70 texts of one token: a step of four full batches, and six tokens for the four of the next."""
+    shares = of_all_ranks([1] * 70, 4, max_tokens=16)
+    assert [[len(batch) for batch in share] for share in shares] == [[16, 1], [16, 2], [16, 1], [16, 2]]
 
 
 def test_unshuffled_batches_keep_the_order():
@@ -196,6 +207,18 @@ def test_changed_data_is_noticed_when_a_run_is_resumed(change, message):
     state = TokenBudgetSampler(**arguments).state_dict()
     with pytest.raises(ValueError, match=message):
         TokenBudgetSampler(**(arguments | change)).load_state_dict(state)
+
+
+def test_more_batches_than_there_are():
+    sampler = TokenBudgetSampler([5, 5], 5)
+    sampler.advance(2)
+    with pytest.raises(ValueError, match="3 batches are done of the 2 of epoch 0; set_epoch"):
+        sampler.advance()
+
+
+def test_the_batches_of_a_seed_are_the_same_in_every_release():
+    """A run may be resumed with another NumPy."""
+    assert list(TokenBudgetSampler([4, 2, 3, 1, 5, 2], 7, seed=3)) == [[0, 1, 3], [2, 5], [4]]
 
 
 def test_a_state_that_lacks_something():

@@ -44,7 +44,7 @@ class TrainingArguments(transformers.TrainingArguments):
         peak_gflops: what one process's device can do, in 10^9 floating-point operations per second; the progress then
             has the fraction of it (`python -m benchmarks.peak` measures a CPU). None measures a GPU, and no CPU.
         plot_metrics: draw `metrics.svg` from `metrics.jsonl` when the run ends, if matplotlib is installed.
-        ddp_find_unused_parameters: False, as all of BERT's heads use all their parameters; looking for others takes time.
+        ddp_find_unused_parameters: False, as BERT's heads use all their parameters; looking for others takes time.
         logging_nan_inf_filter: False, as such losses are seen to by `on_nan`.
         restore_callback_states_from_checkpoint: True, so that early stopping, too, goes on as if never interrupted.
 

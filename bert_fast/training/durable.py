@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ class DurableTrainer(transformers.Trainer):
         if wanted is None:  # a command line gives words
             named = self.args.resume_from_checkpoint
             wanted = {"true": True, "false": False}.get(str(named).lower(), named)
+        _warn_of_a_shared_store()
         with ExitStack() as stack:
             checkpoint = self._claim(stack, wanted)
             self._signals.requested = self.terminating = False
@@ -243,6 +245,19 @@ def _checkpoint(output_dir: Path, wanted: str | bool | None) -> str | None:
             "another output_dir"
         )
     return None
+
+
+def _warn_of_a_shared_store() -> None:
+    """Of torchrun's store, which keeps the addresses of processes that a restart has replaced: gloo then waits for them.
+
+    As of torch 2.13, in `DynamicRendezvousHandler.next_rendezvous`; pytorch issue 135712 is about the same for NCCL.
+    """
+    shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("RANK") == "0"
+    if shares and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        logger.warning(
+            "torchrun keeps one store over all restarts, so that processes may wait for ever for the ones before them: "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+        )
 
 
 def _check_order(before: dict[str, Any], now: dict[str, Any]) -> None:

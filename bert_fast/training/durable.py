@@ -248,7 +248,7 @@ def _checkpoint(output_dir: Path, wanted: str | bool | None) -> str | None:
 
 
 def _warn_of_a_shared_store() -> None:
-    """Of torchrun's store, which keeps the addresses of processes that a restart has replaced: gloo then waits for them.
+    """Of torchrun's store, which keeps the addresses of processes that a restart has replaced: gloo waits for them.
 
     As of torch 2.13, in `DynamicRendezvousHandler.next_rendezvous`; pytorch issue 135712 is about the same for NCCL.
     """

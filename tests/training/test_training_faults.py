@@ -235,6 +235,17 @@ def test_data_that_changed_is_found_on_resuming(saved: Path, change: str, messag
     assert (saved / "checkpoint-6").is_dir()
 
 
+def test_a_torchrun_that_may_hang_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps one store over restarts if it was not told otherwise."""
+    trainer = run(tmp_path, max_steps=1)
+    for name, value in {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    trainer.train()
+    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment" in caplog.text
+
+
 def test_a_folder_without_checkpoints_is_begun(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = run(tmp_path, max_steps=1)
     trainer.train(resume_from_checkpoint=True)

@@ -5,6 +5,7 @@ They are forked by a server that has imported everything and run nothing, so tha
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -91,6 +92,7 @@ def die_everywhere(folder: Path, report: Path) -> None:
     """
     output_dir, outcomes = folder / "run", []
     resumed: dict[str, Any] = {}
+    gc.freeze()  # transformers collects garbage when a run begins, and would look through every library each time
     deaths: list[Callable[[int], None]] = [partial(_die_at, index) for index in range(200)]
     for die in [*(partial(_die_beyond, size) for size in SIZES), *deaths]:
         shutil.rmtree(output_dir, ignore_errors=True)

@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 import bert_fast
 from bert_fast import heads
 from bert_fast.modules import BertForMaskedLM, BertForPreTraining, BertForQuestionAnswering, BertForTokenClassification
+from bert_fast.training.batches import TokenBudgetSampler
 from bert_fast.training.progress import METRICS_FILE, PLOT_FILE, read
 from bert_fast.training.trainer import Trainer
 
@@ -211,13 +212,18 @@ def test_rates_are_those_of_the_schedule(tmp_path: Path, optimizer: str, schedul
 
 
 def test_every_epoch_has_all_examples_though_numbers_of_batches_differ(tmp_path: Path) -> None:
-    arguments = tiny.arguments(tmp_path, max_steps=-1, num_train_epochs=6, max_tokens_per_batch=38, plot_metrics=True)
-    trainer = Trainer(tiny.masked_lm(), arguments, train_dataset=tiny.examples(), data_collator=tiny.masking())
+    rows, seed = tiny.examples(), 42
+    lengths = [len(row["input_ids"]) for row in rows]
+    for max_tokens in range(20, 80):
+        sampler = TokenBudgetSampler(lengths, max_tokens, seed=seed)
+        numbers = [sampler.num_batches(epoch) for epoch in range(6)]
+        if len(set(numbers)) > 1:
+            break
+    assert len(set(numbers)) > 1, "no number of tokens makes epochs differ"
+    options = {"max_tokens_per_batch": max_tokens, "seed": seed, "plot_metrics": True}
+    arguments = tiny.arguments(tmp_path, max_steps=-1, num_train_epochs=6, **options)
+    trainer = Trainer(tiny.masked_lm(), arguments, train_dataset=rows, data_collator=tiny.masking())
     trainer.train()
-    sampler = trainer._sampler
-    assert sampler is not None
-    numbers = [sampler.num_batches(epoch) for epoch in range(6)]
-    assert len(set(numbers)) > 1, "the case is not what it should be: choose another max_tokens_per_batch"
     assert trainer.state.global_step == sum(numbers)
     assert trainer.state.epoch == 6.0
     assert trainer.state.num_input_tokens_seen == 6 * sum(len(row["input_ids"]) for row in tiny.examples())

@@ -128,7 +128,7 @@ class MaskingCollator:
             state["state"]["counter"][2] = index  # of 2^256 values: streams of examples are 2^128 of them apart
             bits.state = state
             parts.append(bits.random_raw(3 * int(length)).reshape(3, -1))
-        return (np.concatenate(parts, axis=1) >> 11) * 2.0**-53
+        return np.ldexp(np.concatenate(parts, axis=1) >> 11, -53)
 
     def _counts(self, lengths: NDArray[Any]) -> NDArray[np.int64]:
         """How many tokens of each text to predict; halves are rounded to even, as Python does."""

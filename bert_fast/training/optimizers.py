@@ -64,84 +64,50 @@ def _heights(names: list[str]) -> dict[str, int]:
     return {**depths, EMBEDDINGS: len(layers) + 2, POOLER: 1, HEAD: 0}
 
 
-class _MomentOptimizer(Optimizer):
-    """Keeps running means of each gradient and of its square, in the dtype of the parameter."""
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        **others: Any,
-    ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0.0:
-                raise ValueError(f"{name} is {value}, expected at least 0")
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas are {betas}, expected each at least 0, below 1")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **others})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step; parameters without a gradient are passed over, and get no state.
-
-        Args:
-            closure: computes the loss and its gradients first.
-
-        Returns:
-            What the closure does.
-
-        Raises:
-            RuntimeError: a gradient is sparse.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for params in _alike(group["params"]):
-                means, squares = self._moments(params, group["betas"])
-                updates = self._updates(params, means, squares, group)
-                torch._foreach_add_(params, updates, alpha=-group["lr"])
-        return loss
-
-    def _moments(self, params: list[Tensor], betas: tuple[float, float]) -> tuple[list[Tensor], list[Tensor]]:
-        """The running means with the present gradients in them."""
-        grads: list[Any] = [parameter.grad for parameter in params]
-        for parameter, grad in zip(params, grads, strict=True):
-            if grad.layout != torch.strided:
-                what = f"{grad.layout} one of a parameter {tuple(parameter.shape)}"
-                raise RuntimeError(f"{type(self).__name__} takes dense gradients only, got a {what}")
-            state = self.state[parameter]
-            if not state:
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        means = [self.state[parameter]["exp_avg"] for parameter in params]
-        squares = [self.state[parameter]["exp_avg_sq"] for parameter in params]
-        torch._foreach_lerp_(means, grads, 1 - betas[0])
-        torch._foreach_mul_(squares, betas[1])
-        torch._foreach_addcmul_(squares, grads, grads, 1 - betas[1])
-        return means, squares
-
-    def _updates(
-        self, params: list[Tensor], means: list[Tensor], squares: list[Tensor], group: dict[str, Any]
-    ) -> list[Tensor]:
-        """What is subtracted from the parameters, before the learning rate."""
-        raise NotImplementedError
+def _listed(params: Iterable[Any]) -> list[Any]:
+    """Parameters, or groups of them, that can be read twice."""
+    return [{**item, "params": list(item["params"])} if isinstance(item, dict) else item for item in params]
 
 
-class BertAdam(_MomentOptimizer):
+def _is_fusible(groups: list[Any]) -> bool:
+    tensors = (tensor for item in groups for tensor in (item["params"] if isinstance(item, dict) else [item]))
+    return all(tensor.device.type in _FUSED_DEVICES for tensor in tensors)
+
+
+def adamw(
+    params: Iterable[Any],
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+) -> torch.optim.AdamW:
+    """`torch.optim.AdamW` with BERT's eps and weight decay, in its fused form where all parameters are on CPU or CUDA.
+
+    Args:
+        params: parameters, or groups of them.
+        lr: learning rate.
+        betas, eps, weight_decay: as in torch.
+    """
+    groups = _listed(params)
+    return torch.optim.AdamW(groups, lr, betas, eps, weight_decay, fused=_is_fusible(groups))
+
+
+class BertAdam(torch.optim.AdamW):
     """The Adam that BERT was trained with (google-research/bert, optimization.py), which corrects no bias.
 
     m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2, p = p - lr (m / (sqrt(v) + eps) + weight_decay p). The
     first steps are larger than Adam's, 3.2 times for these betas, which the warm-up makes good.
+
+    It is torch's AdamW, fused as `adamw` is, with a count of steps so high that the corrections 1 - beta^step are 1.
 
     Args:
         params: parameters, or groups of them.
         lr: learning rate.
         betas, eps, weight_decay: as above.
     """
+
+    #: Where float32 stops counting; 0.99999 to this power is 0 beside 1.
+    _STEPS = 2.0**24
 
     def __init__(
         self,
@@ -151,20 +117,18 @@ class BertAdam(_MomentOptimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.01,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay)
+        groups = _listed(params)
+        super().__init__(groups, lr, betas, eps, weight_decay, fused=_is_fusible(groups))
 
-    def _updates(
-        self, params: list[Tensor], means: list[Tensor], squares: list[Tensor], group: dict[str, Any]
-    ) -> list[Tensor]:
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_add_(roots, group["eps"])
-        updates = torch._foreach_div(means, roots)
-        if group["weight_decay"]:
-            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
-        return list(updates)
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
+        fresh = [p for p in group["params"] if p.grad is not None and not self.state[p]]
+        result = super()._init_group(group, *lists)
+        for parameter in fresh:
+            self.state[parameter]["step"].fill_(self._STEPS)
+        return result
 
 
-class LAMB(_MomentOptimizer):
+class LAMB(Optimizer):
     """Adam whose steps are as long as the parameter is large (You et al., 2019), for batches of thousands of texts.
 
     With m and v as in Adam, corrected for their bias, u = m / (sqrt(v) + eps) + weight_decay p and the trust ratio
@@ -188,30 +152,68 @@ class LAMB(_MomentOptimizer):
         weight_decay: float = 0.01,
         max_trust_ratio: float | None = None,
     ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0.0:
+                raise ValueError(f"{name} is {value}, expected at least 0")
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas are {betas}, expected each at least 0, below 1")
         if max_trust_ratio is not None and not max_trust_ratio > 0.0:
             raise ValueError(f"max_trust_ratio is {max_trust_ratio}, expected more than 0")
-        super().__init__(params, lr, betas, eps, weight_decay, max_trust_ratio=max_trust_ratio)
+        options = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "max_trust_ratio": max_trust_ratio}
+        super().__init__(params, {"lr": lr, **options})
 
-    def _updates(
-        self, params: list[Tensor], means: list[Tensor], squares: list[Tensor], group: dict[str, Any]
-    ) -> list[Tensor]:
-        steps = [self._count(parameter) for parameter in params]
-        beta1, beta2 = group["betas"]
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step; parameters without a gradient are passed over, and get no state.
+
+        Args:
+            closure: computes the loss and its gradients first.
+
+        Returns:
+            What the closure does.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for params in _alike(group["params"]):
+                updates = self._updates(params, [self._state(parameter) for parameter in params], group)
+                if group["weight_decay"]:
+                    torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+                    torch._foreach_mul_(updates, _trust_ratios(params, updates, group["max_trust_ratio"]))
+                torch._foreach_add_(params, updates, alpha=-group["lr"])
+        return loss
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """m, v and the number of this step, which is the parameter's own: it may have been frozen for a while."""
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            got = f"a {parameter.grad.layout} one of a parameter {tuple(parameter.shape)}"
+            raise RuntimeError(f"LAMB takes dense gradients only, got {got}")
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        return state
+
+    def _updates(self, params: list[Tensor], states: list[dict[str, Tensor]], group: dict[str, Any]) -> list[Tensor]:
+        """m / (sqrt(v) + eps), with the present gradients in m and v, both corrected for their bias."""
+        grads: list[Any] = [parameter.grad for parameter in params]
+        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        steps, (beta1, beta2) = [int(state["step"]) for state in states], group["betas"]
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
         roots = torch._foreach_sqrt(squares)
         torch._foreach_div_(roots, [(1 - beta2**step) ** 0.5 for step in steps])
         torch._foreach_add_(roots, group["eps"])
         updates = torch._foreach_div(means, roots)
         torch._foreach_div_(updates, [1 - beta1**step for step in steps])
-        if group["weight_decay"]:
-            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
-            torch._foreach_mul_(updates, _trust_ratios(params, updates, group["max_trust_ratio"]))
         return list(updates)
-
-    def _count(self, parameter: Tensor) -> int:
-        """The number of this step for a parameter; they differ where some were frozen for a while."""
-        state = self.state[parameter]
-        state["step"] = state.get("step", torch.zeros(())) + 1
-        return int(state["step"])
 
 
 def _trust_ratios(params: list[Tensor], updates: Iterable[Tensor], limit: float | None) -> list[Tensor]:
@@ -227,26 +229,6 @@ def _alike(params: Iterable[Tensor]) -> Iterable[list[Tensor]]:
         if parameter.grad is not None:
             groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
     return groups.values()
-
-
-def adamw(
-    params: Iterable[Any],
-    lr: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-6,
-    weight_decay: float = 0.01,
-) -> torch.optim.AdamW:
-    """`torch.optim.AdamW` with BERT's eps and weight decay, in its fused form where all parameters are on CPU or CUDA.
-
-    Args:
-        params: parameters, or groups of them.
-        lr: learning rate.
-        betas, eps, weight_decay: as in torch.
-    """
-    groups = [{**item, "params": list(item["params"])} if isinstance(item, dict) else item for item in params]
-    tensors = [tensor for item in groups for tensor in (item["params"] if isinstance(item, dict) else [item])]
-    fused = all(tensor.device.type in _FUSED_DEVICES for tensor in tensors)
-    return torch.optim.AdamW(groups, lr, betas, eps, weight_decay, fused=fused)
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": adamw, "bert_adam": BertAdam, "lamb": LAMB}

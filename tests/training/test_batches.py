@@ -169,7 +169,7 @@ def test_order_depends_on_seed_and_epoch_alone():
 def test_the_last_batches_are_split_evenly():
     """70 texts of one token: a step of four full batches, and six tokens for the four of the next."""
     shares = of_all_ranks([1] * 70, 4, max_tokens=16)
-    assert [[len(batch) for batch in share] for share in shares] == [[16, 1], [16, 2], [16, 1], [16, 2]]
+    assert sorted([len(batch) for batch in share] for share in shares) == [[16, 1], [16, 1], [16, 2], [16, 2]]
 
 
 def test_unshuffled_batches_keep_the_order():

@@ -163,13 +163,16 @@ def test_a_nan_gradient_spoils_its_own_parameter_only(name):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("name", ["bert_adam", "lamb"])
-def test_a_sparse_gradient_is_refused_and_nothing_is_changed(name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("bert_adam", "sparse"), ("lamb", r"dense gradients only, got a torch.sparse_coo one of a parameter \(5, 4\)")],
+)
+def test_a_sparse_gradient_is_refused_and_nothing_is_changed(name, message):
     table = nn.Embedding(5, 4, sparse=True)
     before = table.weight.detach().clone()
     optimizer = make_optimizer(name, table.parameters(), lr=0.1)
     table(torch.tensor([1, 3])).sum().backward()
-    with pytest.raises(RuntimeError, match=r"dense gradients only, got a torch.sparse_coo one of a parameter \(5, 4\)"):
+    with pytest.raises(RuntimeError, match=message):
         optimizer.step()
     assert torch.equal(table.weight, before)
 
@@ -203,17 +206,32 @@ def test_dtypes_and_the_closure(name):
     assert losses[2] < losses[1] < losses[0] == 8.0
 
 
-def test_adamw_is_fused():
-    assert adamw(groups(parameters())).defaults["fused"]
-    assert not adamw([nn.Parameter(torch.empty(3, device="meta"))]).defaults["fused"]
+@pytest.mark.parametrize("build", [adamw, BertAdam])
+def test_adam_is_fused(build):
+    assert build(groups(parameters())).defaults["fused"]
+    assert not build([nn.Parameter(torch.empty(3, device="meta"))]).defaults["fused"]
+
+
+def test_bert_adam_where_there_is_no_fused_kernel():
+    """Other devices take torch's other forms, which count steps elsewhere."""
+    fused, other = parameters(), parameters()
+    plain = BertAdam(groups(other), lr=0.01)
+    for group in plain.param_groups:
+        group["fused"] = False
+    train(BertAdam(groups(fused), lr=0.01), fused, 4)
+    train(plain, other, 4)
+    for got, want in zip(fused, other, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("sgd", {}, "optimizer is 'sgd', expected one of adamw, bert_adam, lamb"),
-        ("bert_adam", {"lr": -1.0}, "lr is -1.0"),
-        ("bert_adam", {"eps": math.nan}, "eps is nan"),
+        ("adamw", {"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ("bert_adam", {"eps": -1.0}, "Invalid epsilon value: -1.0"),
+        ("lamb", {"lr": -1.0}, "lr is -1.0"),
+        ("lamb", {"eps": math.nan}, "eps is nan"),
         ("lamb", {"betas": (0.9, 1.0)}, r"betas are \(0.9, 1.0\)"),
         ("lamb", {"max_trust_ratio": 0.0}, "max_trust_ratio is 0.0"),
     ],

@@ -29,9 +29,6 @@ constexpr int64_t SUM_ROWS = 32;
 
 inline int64_t sum_blocks(int64_t rows) { return (rows + SUM_ROWS - 1) / SUM_ROWS; }
 
-// Rows of LayerNorm that a backward takes side by side.
-constexpr int64_t BACKWARD_ROWS = 4;
-
 // `x` is in the product's dtype, the rest in the parameters'.
 template <class X, class T>
 struct ResidualLayerNormTrain {
@@ -120,7 +117,7 @@ struct CrossEntropy {
 };
 
 // Kernels that take [begin, end) work on those rows only, or on those blocks of SUM_ROWS rows, or tasks. Scratch of
-// floats, where there is some, has room for a row; bytes for a row of dropout_columns, or BACKWARD_ROWS of them.
+// floats, where there is some, has room for a row; bytes for a row of dropout_columns.
 template <class T>
 struct RowTraining {
   void (*embedding_layer_norm)(const EmbeddingLayerNormTrain<T>&, int64_t begin, int64_t end, float* scratch,

@@ -174,6 +174,7 @@ inline std::string text(double value) {
 
 void test_linear();
 void test_rows();
+void test_training_rows();
 void test_attention();
 void test_encoder();
 void test_threads();

@@ -211,28 +211,6 @@ BERT_FAST_INLINE bool reads_in_place(const Dense& args) {
          args.left.stride * static_cast<int64_t>(sizeof(typename P::Input)) % way_bytes != 0;
 }
 
-// The next rows of a left matrix that is not along k, which no stream of the processor's would foresee, fetched while
-// these are multiplied: a tile has a step for each of their k, and takes two lines of it.
-template <class P>
-struct FetchLeft {
-  const char* next_rows;
-  int64_t stride;     // bytes, of a k
-  int64_t remaining;  // tiles that have something to fetch
-  int64_t tile = 0;
-
-  FetchLeft(const typename P::Input* rows, int64_t values)
-      : next_rows(reinterpret_cast<const char*>(rows)),
-        stride(values * static_cast<int64_t>(sizeof(typename P::Input))),
-        remaining((8 * P::ROWS * static_cast<int64_t>(sizeof(typename P::Input)) + 127) / 128 * P::DEPTH) {}
-
-  BERT_FAST_INLINE Fetch next() {
-    if (tile == remaining) return {next_rows, 0};
-    const Fetch fetch{next_rows + tile % P::DEPTH * stride + tile / P::DEPTH * 128, stride * P::DEPTH};
-    ++tile;
-    return fetch;
-  }
-};
-
 template <class P>
 void dense(const Dense& args, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
            DenseScratch& scratch) {
@@ -268,8 +246,6 @@ void dense(const Dense& args, int64_t row_begin, int64_t row_end, int64_t column
       if (args.left_sums != nullptr) add_left_sums<P>(args, block, begin, end);
       const Input* a = static_cast<const Input*>(left.values) + begin * (left.along_k ? left.stride : 1) +
                        block.k * (left.along_k ? 1 : left.stride);
-      // Of this block of k or, at its end, of the next; only with a left matrix that is not along k.
-      const Input* const next = end < row_end ? a + (end - begin) : a - (begin - row_begin) + block.depth * left.stride;
       if (!in_place) {
         pack_left<P>(a, left.stride, left.along_k, block.depth, end - begin, scratch.left, left_stride);
         a = reinterpret_cast<const Input*>(scratch.left);
@@ -278,13 +254,8 @@ void dense(const Dense& args, int64_t row_begin, int64_t row_end, int64_t column
         using T = std::remove_pointer_t<decltype(out)>;
         const StoreSum<T> epilogue{before, before_stride, out, stride, columns};
         const auto* panel = reinterpret_cast<const typename P::Weight*>(scratch.right);
-        const int64_t a_stride = in_place ? left.stride : left_stride * P::DEPTH;
-        if (left.along_k) {
-          product<P, NoFetch>(a, a_stride, panel, steps, 0, end - begin, 0, panels, epilogue);
-        } else {
-          product<P, Fetch>(a, a_stride, panel, steps, 0, end - begin, 0, panels, epilogue,
-                            FetchLeft<P>(next, left.stride));
-        }
+        product<P, NoFetch>(a, in_place ? left.stride : left_stride * P::DEPTH, panel, steps, 0, end - begin, 0, panels,
+                            epilogue);
       };
       // Float results grow in their place, others in scratch until their last block.
       const int64_t at = begin * args.out_stride + column_begin;

@@ -70,15 +70,12 @@ BERT_FAST_INLINE Fetch fetch_part(const typename P::Weight* panel, int64_t steps
   return exists ? Fetch{begin + index * steps * stride, stride} : Fetch{begin - steps * step_bytes, 0};
 }
 
-// What tiles fetch: the next panel with Fetch, nothing with NoFetch.
-struct FetchPanels {};
-
 // Rows [row_begin, row_end) of `a` by the panels [panel_begin, panel_end) of `weights`; Ahead is Fetch where these come
-// from memory, NoFetch where they are in a cache. `fetches` gives each tile in turn something else to fetch.
-template <class P, class Ahead, class Epilogue, class Fetches = FetchPanels>
+// from memory, NoFetch where they are in a cache.
+template <class P, class Ahead, class Epilogue>
 BERT_FAST_INLINE void product(const typename P::Input* a, int64_t stride, const typename P::Weight* weights,
                               int64_t steps, int64_t row_begin, int64_t row_end, int64_t panel_begin, int64_t panel_end,
-                              const Epilogue& epilogue, Fetches fetches = {}) {
+                              const Epilogue& epilogue) {
   constexpr int64_t width = TILE_VECTORS * LANES;
   static_assert(PANEL % width == 0);
   const int64_t row_bytes = std::max<int64_t>(1, steps * P::DEPTH * static_cast<int64_t>(sizeof(typename P::Input)));
@@ -95,9 +92,7 @@ BERT_FAST_INLINE void product(const typename P::Input* a, int64_t stride, const 
         const auto run = TILE_RUNNERS<P, Ahead, Epilogue>[static_cast<size_t>(to - from - 1)];
         for (int64_t column = 0; column < PANEL; column += width) {
           Ahead ahead{};
-          if constexpr (!std::is_same_v<Fetches, FetchPanels>) {
-            ahead = fetches.next();
-          } else if constexpr (std::is_same_v<Ahead, Fetch>) {
+          if constexpr (std::is_same_v<Ahead, Fetch>) {
             const int64_t index = (t - first) * (PANEL / width) + column / width;
             ahead =
                 fetch_part<P>(b + panel_size, steps, index, (last - first) * (PANEL / width), panel + 1 < panel_end);

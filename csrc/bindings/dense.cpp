@@ -11,8 +11,6 @@ namespace {
 
 // Multiply-adds below which a thread is not worth waking.
 constexpr int64_t WORK_PER_THREAD = 250'000;
-// Parts of a result per thread: a thread that is late does not hold up the others.
-constexpr int64_t PARTS_PER_THREAD = 2;
 // What the rows of a part are a multiple of: the rows of the largest tile.
 constexpr int64_t TILE_ROWS = 14;
 
@@ -36,16 +34,17 @@ Grid grid_of(int64_t rows, const Dense& args, int64_t workers) {
   // Rows are bounded where bfloat16 results have sums of several blocks, which are kept in scratch.
   const bool keeps_sums = args.out_is_bfloat16 && args.depth > DENSE_STEPS;
   Grid grid{keeps_sums ? divide_up(rows, DENSE_ROWS) : 1, divide_up(args.columns, DENSE_COLUMNS)};
-  const int64_t wanted = workers == 1 ? 1 : PARTS_PER_THREAD * workers;
+  // More parts than threads only where they cost little: where the left matrix is read as it is.
+  const int64_t wanted = workers == 1 ? 1 : args.left.along_k ? 2 * workers : workers;
   while (grid.rows * grid.columns < wanted) {
     const bool can_cut_rows = grid.rows < divide_up(rows, TILE_ROWS), can_cut_columns = grid.columns < panels;
     if (!can_cut_rows && !can_cut_columns) break;
-    // Each part of the columns reads the left matrix, or packs it; each part of the rows packs the right one.
-    const int64_t left_cost = args.left.along_k ? rows / 2 : rows;
-    if (can_cut_columns && (!can_cut_rows || left_cost <= args.columns)) {
-      ++grid.columns;
-    } else {
+    // A part packs its own columns of the right matrix, and packs or reads its own rows of the left one.
+    const int64_t left_cost = rows / grid.rows / (args.left.along_k ? 4 : 1), right_cost = args.columns / grid.columns;
+    if (can_cut_rows && (!can_cut_columns || left_cost > right_cost)) {
       ++grid.rows;
+    } else {
+      ++grid.columns;
     }
   }
   return grid;

@@ -252,9 +252,10 @@ void dense(const Dense& args, int64_t row_begin, int64_t row_end, int64_t column
       }
       const auto run = [&](auto* out, int64_t stride, const float* before, int64_t before_stride) {
         using T = std::remove_pointer_t<decltype(out)>;
-        product<P, NoFetch>(a, in_place ? left.stride : left_stride * P::DEPTH,
-                            reinterpret_cast<const typename P::Weight*>(scratch.right), steps, 0, end - begin, 0,
-                            panels, StoreSum<T>{before, before_stride, out, stride, columns});
+        const StoreSum<T> epilogue{before, before_stride, out, stride, columns};
+        const auto* panel = reinterpret_cast<const typename P::Weight*>(scratch.right);
+        product<P, NoFetch>(a, in_place ? left.stride : left_stride * P::DEPTH, panel, steps, 0, end - begin, 0, panels,
+                            epilogue);
       };
       // Float results grow in their place, others in scratch until their last block.
       const int64_t at = begin * args.out_stride + column_begin;

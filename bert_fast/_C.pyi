@@ -126,6 +126,7 @@ def fingerprint(module: Module) -> tuple[int, int]:
 
 def dropout_bytes(seed: int, first_row: int, rows: int, columns: int, plane: int = 0) -> Tensor:
     """The random bytes that decide about dropout, (rows, columns) uint8."""
+
 def residual_layer_norm_train(
     x: Tensor,
     bias: Tensor,

@@ -127,7 +127,6 @@ def fingerprint(module: Module) -> tuple[int, int]:
 def dropout_bytes(seed: int, first_row: int, rows: int, columns: int, plane: int = 0) -> Tensor:
     """The random bytes that decide about dropout, (rows, columns) uint8."""
 
-<<<<<<< HEAD
 # Training (csrc/bindings/attention_backward.cpp)
 
 def attention_train(
@@ -178,8 +177,6 @@ def dense_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias) of dense, None where not needed."""
 
-=======
->>>>>>> rows
 def residual_layer_norm_train(
     x: Tensor,
     bias: Tensor,

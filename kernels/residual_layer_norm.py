@@ -289,7 +289,7 @@ def residual_layer_norm_train(
     """
     hidden_size = x.shape[-1]
     out, normalized = residual.new_empty(x.shape), residual.new_empty(x.shape)
-    rstd = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    rstd = x.new_empty(x.numel() // max(hidden_size, 1), dtype=torch.float32)
     if out.numel() == 0:
         return out, normalized, rstd
     x, residual = x.reshape(-1, hidden_size), residual.reshape(-1, hidden_size)

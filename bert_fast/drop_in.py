@@ -48,6 +48,10 @@ _MASKED_LM = ("BertForMaskedLM", "BertForPreTraining")
 #: Arguments of a call that change nothing in an encoder, and what transformers' collators pass beside `cu_seq_lens_q`.
 _IGNORED = frozenset({"use_cache", "num_items_in_batch", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 
+#: Hooks of transformers' own that look at hidden states, which no call asks for that the ops serve, or have the inputs
+#: of a layer that is computed again ask for gradients, which `encode` does.
+_HARMLESS_HOOKS = ("transformers.utils.output_capturing", "transformers.modeling_utils")
+
 #: transformers' own names for softmax attention, which the ops replace; somebody may register another function.
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
@@ -238,9 +242,9 @@ def _fast_host_class(plain: Any) -> Any:
                 output = plain.forward(self, *args, **kwargs)
             if not loss_only:
                 return output
-            if output["loss"] is None:
-                raise ValueError("loss_only without labels: there is no loss")
-            return type(output)(loss=output["loss"])
+            if getattr(output, "loss", None) is None:
+                raise ValueError("loss_only without labels, or with return_dict=False: there is no loss")
+            return type(output)(loss=output.loss)
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
             state = super().__reduce_ex__(protocol)[2]
@@ -255,7 +259,8 @@ def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str
     """The arguments of a `forward` by name."""
     given = signature.bind(None, *args, **kwargs).arguments
     given.pop("self")
-    return {**given, **given.pop("kwargs", {})}
+    others = given.pop("kwargs", {})
+    return {**given, **others}
 
 
 def _blank_host(name: str) -> Any:
@@ -410,7 +415,7 @@ def _obstacle(bert: Any) -> str | None:
         return f"its attention is {attention!r}"
     known = _known_types(bert.config.hidden_act)
     parts = (bert.embeddings, bert.encoder)
-    reasons = (obstacle(part, known, harmless_hooks="transformers.utils.output_capturing") for part in parts)
+    reasons = (obstacle(part, known, _HARMLESS_HOOKS) for part in parts)
     return next(filter(None, reasons), None)
 
 

@@ -70,6 +70,8 @@ def encode(
         )
         # A wrapper that stands in a layer's place may not have the attribute.
         is_checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
+        if is_checkpointed and torch.is_grad_enabled() and not rows.requires_grad:
+            rows = rows.detach().requires_grad_()  # or re-entry would find nothing to differentiate
         rows = layer._gradient_checkpointing_func(run, rows) if is_checkpointed else run(rows)
         if hidden_states is not None:
             hidden_states.append(rows)

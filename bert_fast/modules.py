@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bert_fast import engine, heads, masked_lm, ops, reference
 from bert_fast.checks import is_recorded
@@ -18,7 +20,7 @@ from bert_fast.ragged import Ragged
 LEAVES = frozenset({nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList})
 
 
-def obstacle(module: nn.Module, known: frozenset[type], harmless_hooks: str | None = None) -> str | None:
+def obstacle(module: nn.Module, known: frozenset[type], harmless_hooks: tuple[str, ...] = ()) -> str | None:
     """Why the ops may not stand in for the modules of this tree, or None.
 
     Somebody may have hooked a module, given it another `forward`, or put another in its place (LoRA, a quantised
@@ -28,7 +30,7 @@ def obstacle(module: nn.Module, known: frozenset[type], harmless_hooks: str | No
     Args:
         module: the tree.
         known: the exact types that the ops know how to replace, besides `LEAVES`.
-        harmless_hooks: name of a Python module whose forward hooks may be left out.
+        harmless_hooks: names of Python modules whose hooks may be left out.
     """
     stack, dtypes = [module], set()
     while stack:
@@ -45,7 +47,7 @@ def obstacle(module: nn.Module, known: frozenset[type], harmless_hooks: str | No
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             hooks = [*part._forward_pre_hooks.values(), *part._backward_hooks.values()]
             hooks += [*part._backward_pre_hooks.values(), *part._forward_hooks.values()]
-            if any(getattr(hook, "__module__", None) != harmless_hooks or harmless_hooks is None for hook in hooks):
+            if any(getattr(hook, "__module__", None) not in harmless_hooks for hook in hooks):
                 return f"a {type(part).__name__} in it has a hook"
         stack.extend(child for child in part._modules.values() if child is not None)
     if len(dtypes) > 1:
@@ -68,13 +70,50 @@ _KNOWN = frozenset(
 
 
 class Pretrained(nn.Module):
-    """Saving, for every class below."""
+    """Saving, and trading memory for time, for every class below."""
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the checkpoint folder that `bert_fast.from_pretrained` and transformers read; see `loading`."""
         from bert_fast.loading import save_pretrained
 
         save_pretrained(self, directory)
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """In training keep the input of each layer only, and compute the rest again in the backward.
+
+        Args:
+            activation_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`; without re-entry if not given.
+            every_n_layers: leave out all layers but each n-th.
+            offload: to the memory of the host, which is not there: only False is legal.
+
+        Raises:
+            ValueError: `offload` is True, or `every_n_layers` is not positive.
+        """
+        if offload:
+            raise ValueError("offload is True, but bert_fast's models keep the inputs of layers where they are")
+        if every_n_layers < 1:
+            raise ValueError(f"every_n_layers is {every_n_layers}, expected a positive number")
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        for index, layer in enumerate(self._layers()):
+            layer.gradient_checkpointing = index % every_n_layers == 0
+            layer._gradient_checkpointing_func = partial(checkpoint, **options)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """`activation_checkpointing_enable` under its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep the intermediate results again."""
+        for layer in self._layers():
+            layer.gradient_checkpointing = False
+
+    def _layers(self) -> list[Any]:
+        return [part for part in self.modules() if isinstance(part, reference.BertLayer)]
 
 
 class BertModel(Pretrained, reference.BertModel):

@@ -29,9 +29,6 @@ constexpr int64_t SUM_ROWS = 32;
 
 inline int64_t sum_blocks(int64_t rows) { return (rows + SUM_ROWS - 1) / SUM_ROWS; }
 
-// Rows of LayerNorm that a backward takes side by side.
-constexpr int64_t BACKWARD_ROWS = 4;
-
 // `x` is in the product's dtype, the rest in the parameters'.
 template <class X, class T>
 struct ResidualLayerNormTrain {
@@ -120,7 +117,7 @@ struct CrossEntropy {
 };
 
 // Kernels that take [begin, end) work on those rows only, or on those blocks of SUM_ROWS rows, or tasks. Scratch of
-// floats, where there is some, has room for a row; bytes for a row of dropout_columns, or BACKWARD_ROWS of them.
+// floats, where there is some, has room for a row; bytes for a row of dropout_columns.
 template <class T>
 struct RowTraining {
   void (*embedding_layer_norm)(const EmbeddingLayerNormTrain<T>&, int64_t begin, int64_t end, float* scratch,
@@ -216,8 +213,8 @@ struct Dense {
   float* left_sums;  // (rows), or null: the sums of `left`, which is not along k, over k
 };
 
-// The most rows and columns of a part of `out` that one call makes; of a block of k, in floats or pairs of bfloat16;
-// and rows of `left` that are packed together.
+// The most columns of a part of `out` that one call makes; its most rows, where its sums are kept in scratch; the most
+// floats or pairs of bfloat16 in a block of k; and the rows of `left` that are packed together.
 constexpr int64_t DENSE_ROWS = 1344, DENSE_COLUMNS = 12 * PANEL, DENSE_STEPS = 384, DENSE_BLOCK_ROWS = 112;
 
 // What one thread packs into: most of a second-level cache, `sums` apart.

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from bert_fast.ops._dispatch import Op, Selection
@@ -46,29 +45,33 @@ class Differentiable(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(op: Op, selection: Selection, *args: Any) -> tuple[Tensor, ...]:
-        return op.run_training(selection, args)
+    def forward(op: Op, selection: Selection, gradient: Gradient | None, *args: Any) -> tuple[Tensor, ...]:
+        return op.run_training(selection, gradient, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.op, ctx.selection, *args = inputs
+        ctx.op, ctx.selection, ctx.gradient, *args = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.gradient = ctx.op.differentiates(ctx.selection, args)
         _save(ctx, ctx.gradient, args, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         if grad is None:
-            return (None, None, *(None for _ in needed))
+            return (None, None, None, *(None for _ in needed))
         args, result, saved = _saved(ctx)
         if ctx.gradient is None:
-            return (None, None, *_reference_backward(ctx.op, grad, args, needed))
-        return (None, None, *_fused_backward(ctx.gradient, ctx.selection.training, grad, result, saved, args, needed))
+            return (None, None, None, *_reference_backward(ctx.op, grad, args, needed))
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{ctx.op.name}: create_graph=True asks for gradients of gradients, for which the fused kernels keep "
+                'too little; run the forward and the backward within bert_fast.ops.force("reference")'
+            )
+        launchers = ctx.selection.training
+        return (None, None, None, *_fused_backward(ctx.gradient, launchers, grad, result, saved, args, needed))
 
 
-@once_differentiable
 def _fused_backward(
     gradient: Gradient,
     launchers: Any,
@@ -172,13 +175,11 @@ def register_training(
     gives tensors like those of `gradient.fake`, zeros, which its backward, a recomputation, does not read.
     """
 
-    def is_fused(selection: Selection, args: Sequence[Any]) -> bool:
-        return op.differentiates(selection, args) is not None
-
     def forward(*args: Any) -> list[Tensor]:
         selection = op.selection_for(args)
-        if is_fused(selection, args):
-            return list(op.run_training(selection, args))
+        fused = op.differentiates(selection, args)
+        if fused is not None:
+            return list(op.run_training(selection, fused, args))
         return [op.run(selection, args), *(saved.zero_() for saved in gradient.fake(*args))]
 
     name = f"bert_fast::{op.name}_train"
@@ -187,7 +188,7 @@ def register_training(
 
     def backward(grad: Tensor, result: Tensor, saved: list[Tensor], *args: Any) -> list[Tensor]:
         selection, needed = op.selection_for(args), _differentiable(args)
-        if not is_fused(selection, args):
+        if op.differentiates(selection, args) is None:
             return _owned(_reference_backward(op, grad, args, needed))
         return _owned(_fused_backward(gradient, selection.training, grad, result, saved, args, needed))
 

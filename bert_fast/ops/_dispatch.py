@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from bert_fast.checks import is_transformed
 from bert_fast.ops._autograd import Differentiable, Gradient, register, register_training
 
 #: Name of the plain definition among the implementations of an op.
@@ -37,6 +38,7 @@ class Traits(NamedTuple):
 
     head_dim: int = 0  # attention only
     bias: bool = False  # attention only
+    half: bool = False  # residual_layer_norm only: x is float16
     dropout: bool = False
     forward_ad: bool = False  # forward-mode derivatives are wanted
 
@@ -151,7 +153,8 @@ class Op:
             return self.reference(*args) if dropout else self._registered(*args)
         selection = self.selection_for(args, impl)
         if recorded and selection.name != REFERENCE:
-            return Differentiable.apply(self, selection, *args)[0]
+            gradient = None if is_transformed() else self.differentiates(selection, args)
+            return Differentiable.apply(self, selection, gradient, *args)[0]
         return self.run(selection, args)
 
     def differentiates(self, selection: Selection, args: Sequence[Any]) -> Gradient | None:
@@ -174,12 +177,11 @@ class Op:
     def run(self, selection: Selection, args: Sequence[Any], **out: Tensor) -> Tensor:
         """The result, on the implementation selected."""
         if selection.name != REFERENCE and self.traits(*args).dropout:
-            return self.run_training(selection, args)[0]
+            return self.run_training(selection, self.differentiates(selection, args), args)[0]
         return self._checked(selection, selection.run, args, **out)
 
-    def run_training(self, selection: Selection, args: Sequence[Any]) -> tuple[Tensor, ...]:
-        """The result, and what the backward wants."""
-        gradient = self.differentiates(selection, args)
+    def run_training(self, selection: Selection, gradient: Gradient | None, args: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The result, and what the backward wants: nothing without a fused gradient, which recomputes."""
         if gradient is not None:
             return self._checked(selection, partial(gradient.forward, selection.training), args)
         if self.traits(*args).dropout:

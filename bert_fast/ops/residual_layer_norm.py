@@ -115,6 +115,10 @@ def _saved(x: Tensor, bias: Tensor, residual: Tensor, *others: Any) -> tuple[Ten
     return residual.new_empty(residual.shape), residual.new_empty(rows, dtype=torch.float32)
 
 
+def _cpp_limits(traits: Traits) -> str | None:
+    return "takes no float16" if traits.half else None
+
+
 OP = Op(
     "residual_layer_norm",
     "(Tensor x, Tensor bias, Tensor residual, Tensor weight, Tensor layer_norm_bias, float eps, float dropout_p,"
@@ -124,10 +128,18 @@ OP = Op(
     check=check,
     impls=(
         Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton),
-        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True, load_training=extension),
+        Impl(
+            "cpp",
+            "cpu",
+            (torch.float32, torch.bfloat16),
+            _load_cpp,
+            _cpp_limits,
+            validates=True,
+            load_training=extension,
+        ),
     ),
     lead=2,
-    traits=lambda *args: Traits(dropout=args[6] > 0),
+    traits=lambda *args: Traits(dropout=args[6] > 0, half=args[0].dtype == torch.float16),
     gradient=Gradient(_forward, _backward, _saved, reads=(3, 7)),
 )
 

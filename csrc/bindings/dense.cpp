@@ -13,8 +13,8 @@ namespace {
 constexpr int64_t WORK_PER_THREAD = 250'000;
 // Parts of a result per thread: a thread that is late does not hold up the others.
 constexpr int64_t PARTS_PER_THREAD = 2;
-// Rows of a part, at least.
-constexpr int64_t MIN_ROWS = 14;
+// What the rows of a part are a multiple of: the rows of the largest tile.
+constexpr int64_t TILE_ROWS = 14;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -33,10 +33,12 @@ struct Grid {
 
 Grid grid_of(int64_t rows, const Dense& args, int64_t workers) {
   const int64_t panels = divide_up(args.columns, PANEL);
-  Grid grid{divide_up(rows, DENSE_ROWS), divide_up(args.columns, DENSE_COLUMNS)};
+  // Rows are bounded where bfloat16 results have sums of several blocks, which are kept in scratch.
+  const bool keeps_sums = args.out_is_bfloat16 && args.depth > DENSE_STEPS;
+  Grid grid{keeps_sums ? divide_up(rows, DENSE_ROWS) : 1, divide_up(args.columns, DENSE_COLUMNS)};
   const int64_t wanted = workers == 1 ? 1 : PARTS_PER_THREAD * workers;
   while (grid.rows * grid.columns < wanted) {
-    const bool can_cut_rows = grid.rows < divide_up(rows, MIN_ROWS), can_cut_columns = grid.columns < panels;
+    const bool can_cut_rows = grid.rows < divide_up(rows, TILE_ROWS), can_cut_columns = grid.columns < panels;
     if (!can_cut_rows && !can_cut_columns) break;
     // Each part of the columns reads the left matrix, or packs it; each part of the rows packs the right one.
     const int64_t left_cost = args.left.along_k ? rows / 2 : rows;
@@ -53,14 +55,15 @@ void multiply(const Dense& args, int64_t rows) {
   const DenseKernel kernel = chosen_kernels().training->dense[args.left.is_bfloat16];
   const int64_t useful = 1 + rows * args.columns * args.depth / WORK_PER_THREAD;
   const int64_t workers = std::min<int64_t>(at::get_num_threads(), useful);
-  const int64_t panels = divide_up(args.columns, PANEL);
+  const int64_t panels = divide_up(args.columns, PANEL), tiles = divide_up(rows, TILE_ROWS);
   const Grid grid = grid_of(rows, args, workers);
   run_tasks(grid.rows * grid.columns, workers, [&](int64_t i) {
     const int64_t row = i % grid.rows, column = i / grid.rows;
     Dense part = args;
     if (column > 0) part.left_sums = nullptr;
-    kernel(part, rows * row / grid.rows, rows * (row + 1) / grid.rows, panels * column / grid.columns * PANEL,
-           std::min(panels * (column + 1) / grid.columns * PANEL, args.columns), own_scratch());
+    kernel(part, tiles * row / grid.rows * TILE_ROWS, std::min(tiles * (row + 1) / grid.rows * TILE_ROWS, rows),
+           panels * column / grid.columns * PANEL, std::min(panels * (column + 1) / grid.columns * PANEL, args.columns),
+           own_scratch());
   });
 }
 

@@ -43,7 +43,10 @@ void cross_entropy(const CrossEntropy<T>& args, int64_t begin, int64_t end, floa
       values = scratch;
     }
     const float largest = add_bias(logits, args.bias, classes, values);
-    const float of_label = values[args.labels[row]];
+    // The label stands aside: its gradient is minus the sum of the others, which near 0 has more digits than p - 1.
+    float& label = values[args.labels[row]];
+    const float distance = label - largest, of_label = std::exp(distance);
+    label = -std::numeric_limits<float>::infinity();
     Vec total = set1(0.0f);
     for (int64_t block = 0; block < classes; block += SUM_BLOCK) {
       Vec partial = set1(0.0f);
@@ -56,9 +59,9 @@ void cross_entropy(const CrossEntropy<T>& args, int64_t begin, int64_t end, floa
       }
       total = total + partial;
     }
-    const float exponentials = sum(total), inverse = 1.0f / exponentials;
-    args.losses[row] = largest - of_label + std::log(exponentials);
-    values[args.labels[row]] -= exponentials;
+    const float others = sum(total), inverse = 1.0f / (others + of_label);
+    args.losses[row] = std::log1p(others + (of_label - 1.0f)) - distance;
+    label = 0.0f - others;
     for (int64_t i = 0; i < classes; i += LANES)
       store(logits + i, load(values + i, classes - i) * set1(inverse), classes - i);
   }

@@ -45,22 +45,35 @@ BERT_FAST_INLINE Vec units_across(const T* rows, int64_t stride, int64_t depth, 
   }
 }
 
-// The units of LANES runs of `values` along k, steps [step, step + LANES) of them: unit [run][step].
-template <class P, class T>
-BERT_FAST_INLINE void block_along(const T* values, int64_t stride, int64_t runs, int64_t step, int64_t depth,
-                                  Vec (&block)[LANES]) {
-  for (int64_t i = 0; i < LANES; ++i)
-    block[i] = i < runs ? units_along<P>(values + i * stride + step * P::DEPTH, depth - step * P::DEPTH) : set1(0.0f);
+// Line `i` of a block: the units along k of its i-th row or column, or of its i-th step across them. `outer` rows or
+// columns and `depth` values of k are there, what is not is zero.
+template <class P, bool ALONG, class T>
+BERT_FAST_INLINE Vec line(const T* from, int64_t stride, int64_t i, int64_t outer, int64_t depth) {
+  if constexpr (ALONG) {
+    return i < outer ? units_along<P>(from + i * stride, depth) : set1(0.0f);
+  } else {
+    const int64_t k = i * P::DEPTH;
+    return k < depth ? units_across<P>(from + k * stride, stride, depth - k, outer) : set1(0.0f);
+  }
 }
 
-// The units of LANES columns of `values`, of which each row has its k: unit [step][column].
-template <class P, class T>
-BERT_FAST_INLINE void block_across(const T* values, int64_t stride, int64_t columns, int64_t step, int64_t depth,
-                                   Vec (&block)[LANES]) {
-  for (int64_t i = 0; i < LANES; ++i) {
-    const int64_t k = (step + i) * P::DEPTH;
-    block[i] = k < depth ? units_across<P>(values + k * stride, stride, depth - k, columns) : set1(0.0f);
+// A block of LANES x LANES units, transposed or not, of which the first `lines` lines go to memory.
+template <class P, bool ALONG, bool TRANSPOSE, class T>
+BERT_FAST_INLINE void move_block(const T* from, int64_t stride, int64_t outer, int64_t depth, float* to,
+                                 int64_t to_stride, int64_t lines) {
+  Vec block[LANES];
+  if (outer >= LANES && depth >= LANES * P::DEPTH) {  // in registers from end to end
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) block[i] = line<P, ALONG>(from, stride, i, LANES, LANES * P::DEPTH);
+    if constexpr (TRANSPOSE) transpose(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) store(to + i * to_stride, block[i]);
+    return;
   }
+  Vec part[LANES];
+  for (int64_t i = 0; i < LANES; ++i) part[i] = line<P, ALONG>(from, stride, i, outer, depth);
+  if constexpr (TRANSPOSE) transpose(part);
+  for (int64_t i = 0; i < std::min<int64_t>(LANES, lines); ++i) store(to + i * to_stride, part[i]);
 }
 
 // (depth, columns) of the right matrix -> panels (steps, PANEL) of units.
@@ -72,12 +85,9 @@ void pack_right(const T* values, int64_t stride, bool along_k, int64_t depth, in
   };
   if (along_k) {
     for (int64_t column = 0; column < width; column += LANES)
-      for (int64_t step = 0; step < steps; step += LANES) {
-        Vec block[LANES];
-        block_along<P>(values + column * stride, stride, columns - column, step, depth, block);
-        transpose(block);
-        for (int64_t i = 0; i < std::min<int64_t>(LANES, steps - step); ++i) store(unit(step + i, column), block[i]);
-      }
+      for (int64_t step = 0; step < steps; step += LANES)
+        move_block<P, true, true>(values + column * stride + step * P::DEPTH, stride, columns - column,
+                                  depth - step * P::DEPTH, unit(step, column), PANEL, steps - step);
   } else {
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t k = step * P::DEPTH;
@@ -93,18 +103,16 @@ void pack_right(const T* values, int64_t stride, bool along_k, int64_t depth, in
 template <class P>
 void pack_left(const typename P::Input* values, int64_t stride, bool along_k, int64_t depth, int64_t rows, float* to,
                int64_t to_stride) {
-  const int64_t steps = (depth + P::DEPTH - 1) / P::DEPTH;
-  for (int64_t step = 0; step < steps; step += LANES)
+  for (int64_t k = 0; k < depth; k += LANES * P::DEPTH)
     for (int64_t row = 0; row < rows; row += LANES) {
-      Vec block[LANES];
+      float* const begin = to + row * to_stride + k / P::DEPTH;
       if (along_k) {
-        block_along<P>(values + row * stride, stride, rows - row, step, depth, block);
+        move_block<P, true, false>(values + row * stride + k, stride, rows - row, depth - k, begin, to_stride,
+                                   rows - row);
       } else {
-        block_across<P>(values + row, stride, rows - row, step, depth, block);
-        transpose(block);
+        move_block<P, false, true>(values + k * stride + row, stride, rows - row, depth - k, begin, to_stride,
+                                   rows - row);
       }
-      for (int64_t i = 0; i < std::min<int64_t>(LANES, rows - row); ++i)
-        store(to + (row + i) * to_stride + step, block[i]);
     }
 }
 
@@ -113,13 +121,20 @@ template <class T>
 void sum_over_k(const T* values, int64_t stride, int64_t depth, int64_t rows, float* sums) {
   constexpr int64_t group = 16;
   std::fill_n(sums, rows, 0.0f);
-  for (int64_t first = 0; first < depth; first += group)
-    for (int64_t row = 0; row < rows; row += LANES) {
+  for (int64_t first = 0; first < depth; first += group) {
+    const int64_t last = std::min(first + group, depth);
+    int64_t row = 0;
+    for (; row + LANES <= rows; row += LANES) {
       Vec total = set1(0.0f);
-      for (int64_t k = first; k < std::min(first + group, depth); ++k)
-        total = total + load(values + k * stride + row, rows - row);
+      for (int64_t k = first; k < last; ++k) total = total + load(values + k * stride + row);
+      store(sums + row, load(sums + row) + total);
+    }
+    if (row < rows) {
+      Vec total = set1(0.0f);
+      for (int64_t k = first; k < last; ++k) total = total + load(values + k * stride + row, rows - row);
       store(sums + row, load(sums + row, rows - row) + total, rows - row);
     }
+  }
 }
 
 // Values [k, k + depth) of every sum, which are added on their own.
@@ -204,7 +219,8 @@ void dense(const Dense& args, int64_t row_begin, int64_t row_end, int64_t column
   static_assert(max_rows <= DENSE_BLOCK_ROWS);
   const DenseOperand &left = args.left, &right = args.right;
   const int64_t rows = row_end - row_begin, columns = column_end - column_begin;
-  const int64_t panels = (columns + PANEL - 1) / PANEL, row_blocks = (rows + max_rows - 1) / max_rows;
+  const int64_t panels = (columns + PANEL - 1) / PANEL;
+  const int64_t tiles = (rows + P::ROWS - 1) / P::ROWS, row_blocks = (rows + max_rows - 1) / max_rows;
   const bool in_place = reads_in_place<P>(args);
   const int64_t right_start = column_begin * (right.along_k ? right.stride : 1);
   for (int64_t i = 0; i < columns; ++i) scratch.bias[i] = args.bias == nullptr ? 0.0f : args.bias[column_begin + i];
@@ -225,7 +241,8 @@ void dense(const Dense& args, int64_t row_begin, int64_t row_end, int64_t column
       pack(static_cast<const float*>(right.values));
     }
     for (int64_t i = 0; i < row_blocks; ++i) {
-      const int64_t begin = row_begin + rows * i / row_blocks, end = row_begin + rows * (i + 1) / row_blocks;
+      const int64_t begin = row_begin + tiles * i / row_blocks * P::ROWS;
+      const int64_t end = std::min(row_begin + tiles * (i + 1) / row_blocks * P::ROWS, row_end);
       if (args.left_sums != nullptr) add_left_sums<P>(args, block, begin, end);
       const Input* a = static_cast<const Input*>(left.values) + begin * (left.along_k ? left.stride : 1) +
                        block.k * (left.along_k ? 1 : left.stride);

@@ -10,57 +10,44 @@
 namespace bert_fast::BERT_FAST_ISA {
 
 // The gradient of the LayerNorm's result, in the columns [i, i + LANES) of a row.
-template <bool AFTER, class Args>
-BERT_FAST_INLINE Vec upstream(const Args& args, int64_t row, int64_t i, const uint8_t* bytes) {
-  const Vec g = load(args.grad + row * args.hidden_size + i, args.hidden_size - i);
-  return AFTER ? dropped(args.dropout, g, bytes + i) : g;
+template <bool AFTER, class T>
+BERT_FAST_INLINE Vec upstream(const Dropout& dropout, const T* grad, int64_t i, int64_t left, const uint8_t* bytes) {
+  const Vec g = load(grad + i, left);
+  return AFTER ? dropped(dropout, g, bytes + i) : g;
 }
 
-// R rows from `row` on, which share what is loaded and stored of the sums.
-template <int R, bool AFTER, class X, class T, class D>
-BERT_FAST_INLINE void layer_norm_backward_rows(const LayerNormBackward<X, T, D>& args, int64_t row, float* dweight,
-                                               float* dlayer_norm_bias, float* dbias, uint8_t* bytes) {
-  const int64_t size = args.hidden_size, stride = dropout_columns(size);
-  for (int r = 0; r < R; ++r) row_bytes(args.dropout, row + r, size, bytes + r * stride);
-  Vec sums[R], products[R];  // of g w and g w n
-  for (int r = 0; r < R; ++r) sums[r] = products[r] = set1(0.0f);
+// One row after another: several side by side, to load and store the sums less often, were slower where the rows come
+// from memory, which is read ahead from one row into the next.
+template <bool AFTER, class X, class T, class D>
+BERT_FAST_INLINE void layer_norm_backward_row(const LayerNormBackward<X, T, D>& args, int64_t row, float* dweight,
+                                              float* dlayer_norm_bias, float* dbias, uint8_t* bytes) {
+  const int64_t size = args.hidden_size;
+  const T* grad = args.grad + row * size;
+  const T* normalized = args.normalized + row * size;
+  row_bytes(args.dropout, row, size, bytes);
+  Vec sums = set1(0.0f), products = set1(0.0f);  // of g w and g w n
   for (int64_t i = 0; i < size; i += LANES) {
     const int64_t left = size - i;
-    const Vec w = load(args.weight + i, left);
-    Vec dw = load(dweight + i, left), db = load(dlayer_norm_bias + i, left);
-    for (int r = 0; r < R; ++r) {
-      const Vec g = upstream<AFTER>(args, row + r, i, bytes + r * stride), gw = g * w;
-      const Vec n = load(args.normalized + (row + r) * size + i, left);
-      dw = fma(g, n, dw);
-      db = db + g;
-      sums[r] = sums[r] + gw;
-      products[r] = fma(gw, n, products[r]);
-    }
-    store(dweight + i, dw, left);
-    store(dlayer_norm_bias + i, db, left);
+    const Vec g = upstream<AFTER>(args.dropout, grad, i, left, bytes), n = load(normalized + i, left);
+    const Vec gw = g * load(args.weight + i, left);
+    store(dweight + i, fma(g, n, load(dweight + i, left)), left);
+    store(dlayer_norm_bias + i, load(dlayer_norm_bias + i, left) + g, left);
+    sums = sums + gw;
+    products = fma(gw, n, products);
   }
-  Vec rstd[R], mean[R], slope[R];
-  for (int r = 0; r < R; ++r) {
-    rstd[r] = set1(args.rstd[row + r]);
-    mean[r] = set1(sum(sums[r]) / static_cast<float>(size));
-    slope[r] = set1(sum(products[r]) / -static_cast<float>(size));
-  }
+  const Vec rstd = set1(args.rstd[row]), mean = set1(sum(sums) / static_cast<float>(size));
+  const Vec slope = set1(sum(products) / -static_cast<float>(size));
   for (int64_t i = 0; i < size; i += LANES) {
-    const int64_t left = size - i;
-    const Vec w = load(args.weight + i, left);
-    Vec db = AFTER ? set1(0.0f) : load(dbias + i, left);
-    for (int r = 0; r < R; ++r) {
-      const int64_t at = (row + r) * size + i;
-      const Vec g = upstream<AFTER>(args, row + r, i, bytes + r * stride), n = load(args.normalized + at, left);
-      const Vec d = rstd[r] * fma(n, slope[r], fma(g, w, set1(0.0f) - mean[r]));
-      store(args.dhidden + at, d, left);
-      if constexpr (!AFTER) {
-        const Vec dx = dropped(args.dropout, d, bytes + r * stride + i);
-        if (args.dx != nullptr) store(args.dx + at, dx, left);
-        db = db + dx;
-      }
+    const int64_t left = size - i, at = row * size + i;
+    const Vec g = upstream<AFTER>(args.dropout, grad, i, left, bytes), n = load(normalized + i, left);
+    const Vec gw = g * load(args.weight + i, left);  // rounded as it went into the mean: one element leaves nothing
+    const Vec d = rstd * fma(n, slope, gw - mean);
+    store(args.dhidden + at, d, left);
+    if constexpr (!AFTER) {
+      const Vec dx = dropped(args.dropout, d, bytes + i);
+      if (args.dx != nullptr) store(args.dx + at, dx, left);
+      store(dbias + i, load(dbias + i, left) + dx, left);
     }
-    if constexpr (!AFTER) store(dbias + i, db, left);
   }
 }
 
@@ -74,11 +61,8 @@ void layer_norm_backward(const LayerNormBackward<X, T, D>& args, int64_t block_b
     float* const dbias = AFTER ? nullptr : args.dbias + block * size;
     for (float* sums : {dweight, dlayer_norm_bias, dbias})
       if (sums != nullptr) std::memset(sums, 0, static_cast<size_t>(size) * sizeof(float));
-    const int64_t end = std::min((block + 1) * SUM_ROWS, args.rows);
-    int64_t row = block * SUM_ROWS;
-    for (; row + BACKWARD_ROWS <= end; row += BACKWARD_ROWS)
-      layer_norm_backward_rows<BACKWARD_ROWS, AFTER>(args, row, dweight, dlayer_norm_bias, dbias, bytes);
-    for (; row < end; ++row) layer_norm_backward_rows<1, AFTER>(args, row, dweight, dlayer_norm_bias, dbias, bytes);
+    for (int64_t row = block * SUM_ROWS; row < std::min((block + 1) * SUM_ROWS, args.rows); ++row)
+      layer_norm_backward_row<AFTER>(args, row, dweight, dlayer_norm_bias, dbias, bytes);
   }
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ def attention_train(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> tu
         return _attend(q, k, v, sequences, rows)
     parts = []
     offsets = sequences.cu_seqlens.tolist()
-    for a, b in zip(offsets[:-1], offsets[1:], strict=True):
+    for a, b in pairwise(offsets):
         parts.append(_attend(q[a:b], k[a:b], v[a:b], sequences, torch.arange(a, b, device=q.device)))
     out, lse = zip(*parts, strict=True) if parts else ([q * 0], [q[..., 0] * 0])
     return torch.cat(out), torch.cat(lse)

@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from math import pi, prod
 from typing import Any
 
 import pytest
@@ -109,7 +110,7 @@ def run_residual(dropout_p: float, upstream: Tensor, inputs: list[Tensor]) -> li
     seed, x, weight = seed_for(dropout_p), inputs[0], inputs[3]
     out, normalized, rstd = _C.residual_layer_norm_train(*inputs, EPS, dropout_p, seed)
     assert normalized.dtype == out.dtype == weight.dtype
-    assert (rstd.dtype, rstd.shape) == (torch.float32, (x[..., 0].numel(),))
+    assert (rstd.dtype, rstd.shape) == (torch.float32, (prod(x.shape[:-1]),))
     dx, dbias, dresidual, dweight, dnorm_bias = _C.residual_layer_norm_backward(
         upstream, normalized, rstd, weight, dropout_p, seed, x.dtype
     )
@@ -317,11 +318,28 @@ def test_bias_gelu(cpp: Implementation, shape: tuple[int, ...], approximate: str
     assert_gelu(cpp.randn(*shape), 2 * cpp.randn(*shape), cpp.randn(shape[-1]), approximate)
 
 
+def gelu_slope(x: Tensor, approximate: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The derivative at float64 x as a sum of two terms, neither with the cancellation of `1 + erf` and `1 + tanh`.
+
+    Returns:
+        The terms, and the exponent of the exponential in them.
+    """
+    if approximate == "none":
+        density = torch.exp(-x.square() / 2) / (2 * pi) ** 0.5
+        return torch.erfc(-x / 2**0.5) / 2, x * density, x.square() / 2
+    two_z, slope = (factor * (2 / pi) ** 0.5 * 2 for factor in (x + 0.044715 * x**3, 1 + 3 * 0.044715 * x.square()))
+    return two_z.sigmoid(), x * slope * two_z.sigmoid() * (-two_z).sigmoid(), two_z.abs()
+
+
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_bias_gelu_in_the_tails(cpp: Implementation, approximate: str) -> None:
-    """Each row a small range, as the error is measured by the row: from where the derivative is 0 to where it is 1."""
-    x = torch.linspace(-12, 12, 4096).view(256, 16).to(cpp.dtype)
-    assert_gelu(torch.ones_like(x), x, torch.zeros(16, dtype=cpp.dtype), approximate)
+    """Where plain PyTorch gives zero or noise, the digits of the derivative are right down to -8."""
+    x = torch.linspace(-8, 8, 4001).to(cpp.dtype).clamp(-8, 8)
+    dx, _ = _C.bias_gelu_backward(torch.ones_like(x), x, torch.zeros_like(x), approximate)
+    first, second, exponent = gelu_slope(x.double(), approximate)
+    error = (16 + 4 * exponent) * 2**-24  # without FMA the exponent is rounded, to so many parts of the exponential
+    allowed = error * (first.abs() + second.abs()) + torch.finfo(cpp.dtype).eps * (first + second).abs()
+    assert ((dx.double() - (first + second)).abs() <= allowed).all()
     far = cpp.tensor([-1e30, -200.0, 200.0, 1e30, -float("inf"), float("inf"), float("nan")])
     dx, _ = _C.bias_gelu_backward(torch.ones_like(far), far, torch.zeros_like(far), approximate)
     limits = torch.tensor([0, 0, 1, 1, 0, 1, torch.nan])
@@ -460,6 +478,15 @@ def test_cross_entropy_of_equal_logits_is_the_logarithm_of_their_number(cpp: Imp
     torch.testing.assert_close(losses, torch.full((2,), 64.0).log())
     assert logits[0, 0] == 1 / 64
     assert logits[0, 3] == cpp.tensor(1 / 64 - 1)
+
+
+def test_cross_entropy_of_an_almost_certain_label(cpp: Implementation) -> None:
+    logits = cpp.tensor([[0.0, -1.0, 15.0, -2.0]])
+    others = sum(torch.tensor([-15.0, -16.0, -17.0], dtype=torch.float64).exp())
+    losses = _C.cross_entropy_(logits, torch.zeros(4, dtype=cpp.dtype), torch.tensor([2]))
+    torch.testing.assert_close(losses.double(), torch.log1p(others)[None], rtol=1e-5, atol=0)
+    expected = -others / (1 + others)
+    torch.testing.assert_close(logits[0, 2].double(), expected, rtol=1e-5 + torch.finfo(cpp.dtype).eps, atol=0)
 
 
 def test_cross_entropy_odd_logits_stay_in_their_row(cpp: Implementation) -> None:

@@ -278,3 +278,15 @@ def test_embedding_nan_stays_with_its_token(implementation: Implementation) -> N
         assert gradient[row].isnan().all()
         gradient[row] = clean[row]
         assert torch.equal(gradient, clean)
+
+
+@pytest.mark.gpu
+def test_the_same_bits_every_time() -> None:
+    triton = Implementation("triton", torch.bfloat16, "cuda")
+    ids, inputs = embedding_inputs(triton, (20_000,), 768)
+    grad = triton.randn(20_000, 768)
+    first, again = (embedding_backward(triton, ids, inputs, 0.1, grad)[1] for _ in range(2))
+    assert all(map(torch.equal, first, again))
+    rows = residual_inputs(triton, 20_000, 768)
+    first, again = (residual_backward(triton, rows, 0.1, grad)[1] for _ in range(2))
+    assert all(map(torch.equal, first, again))

@@ -176,6 +176,7 @@ def dense_backward(
     grad: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool, need_dbias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias) of dense, None where not needed."""
+
 def residual_layer_norm_train(
     x: Tensor,
     bias: Tensor,

@@ -73,6 +73,12 @@ def accelerate(model: nn.Module, *, precision: str | None = None, free_originals
     the mask keeps (the first position, unless the batch is padded on the left). Calls that the ops do not serve, such
     as `output_attentions=True`, run the plain path; so does a model that is being exported or traced.
 
+    It trains like the original. Dropout is drawn from torch's generator, another mask than the original would draw,
+    with a probability rounded to a 256th. Gradients of gradients (`create_graph=True`) need
+    `bert_fast.ops.force("reference")`, and say so. A model with a head takes one more argument: with `loss_only=True`
+    it returns the loss alone, and a model for masked language modelling then computes only the tokens that have a
+    label, and divides by `num_items_in_batch` where that is given.
+
     Args:
         model: a transformers `BertModel` or `BertFor*`, or a sentence-transformers `SentenceTransformer` or
             `CrossEncoder` that holds one.

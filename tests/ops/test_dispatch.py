@@ -18,10 +18,12 @@ from bert_fast.ops import FallbackWarning, Impl, Op, Traits, _dispatch
 from bert_fast.ops.attention import OP as ATTENTION
 from bert_fast.ops.attention_probabilities import OP as ATTENTION_PROBABILITIES
 from bert_fast.ops.bias_gelu import OP as BIAS_GELU
+from bert_fast.ops.dense import OP as DENSE
 from bert_fast.ops.embedding_layer_norm import OP as EMBEDDING_LAYER_NORM
 from bert_fast.ops.linear import OP as LINEAR
 from bert_fast.ops.linear import PackedWeight
 from bert_fast.ops.linear_gelu import OP as LINEAR_GELU
+from bert_fast.ops.masked_lm_loss import OP as MASKED_LM_LOSS
 from bert_fast.ops.pooling import OP as POOLING
 from bert_fast.ops.residual_layer_norm import OP as RESIDUAL_LAYER_NORM
 
@@ -220,6 +222,8 @@ def calls() -> dict[str, tuple[Op, list[Any]]]:
     return {
         "linear, with an activation": (LINEAR, [randn(4, 6), *packed, "gelu", None, None, None, 1e-12]),
         "linear, with a LayerNorm": (LINEAR, [randn(4, 6), *packed, None, randn(4, 5), randn(5), randn(5), 1e-12]),
+        "dense": (DENSE, [randn(4, 6), randn(5, 6), randn(5)]),
+        "masked_lm_loss": (MASKED_LM_LOSS, [randn(4, 6), randn(9, 6), randn(9), torch.tensor([0, 8, 3, 3]), 2.0]),
         "bias_gelu": (BIAS_GELU, [randn(4, 6), randn(6), "none"]),
         "residual_layer_norm": (
             RESIDUAL_LAYER_NORM,
@@ -282,6 +286,10 @@ PUBLIC: dict[str, Callable[..., Tensor]] = {
         layer_norm=None if norm[0] is None else norm,
     ),
     "linear_gelu": lambda x, weight, bias, form: ops.linear_gelu(x, weight, bias, approximate=form),
+    "dense": lambda x, weight, bias: ops.dense(x, weight, bias),
+    "masked_lm_loss": lambda hidden, weight, bias, labels, divisor: ops.masked_lm_loss(
+        hidden, weight, bias, labels, divisor=divisor
+    ),
     "bias_gelu": lambda x, bias, form: ops.bias_gelu(x, bias, approximate=form),
     "residual_layer_norm": lambda *args: ops.residual_layer_norm(
         *args[:5], eps=args[5], dropout_p=args[6], seed=args[7]

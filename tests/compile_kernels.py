@@ -110,8 +110,8 @@ def attention(dtype: torch.dtype, form: str, head_dim: int, seq_len: int) -> lis
     bias = torch.empty(12, seq_len, seq_len, dtype=dtype) if form == "biased" else None
     schedule = None
     if form == "scheduled":
-        module = importlib.import_module("bert_fast.kernels.attention")
-        block_m, size = module.config(qkv[0], seq_len)["BLOCK_M"], module.schedule_size
+        block_m = importlib.import_module("bert_fast.kernels.attention").config(qkv[0], seq_len)["BLOCK_M"]
+        size = importlib.import_module("bert_fast.kernels.attention_schedule").schedule_size
         tiles = size(len(cu_seqlens) - 1, NUM_TOKENS, seq_len, block_m)
         schedule = torch.zeros(3, tiles, dtype=torch.int32)
     return [*qkv, cu_seqlens, seq_len, None, *last, bias, schedule]

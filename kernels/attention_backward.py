@@ -67,10 +67,11 @@ def _gradient(exponents, dkept, delta, keep, kept_scale):
     exponents: of 2, of the probabilities. dkept: grad v^T. keep: what dropout keeps, None without.
     """
     probabilities = tl.exp2(exponents)
-    if keep is None:
-        return probabilities, probabilities * (dkept - delta)
-    dprobabilities = tl.where(keep, dkept * kept_scale, 0.0)
-    return tl.where(keep, probabilities, 0.0), probabilities * (dprobabilities - delta)
+    weights = probabilities
+    if keep is not None:
+        weights = tl.where(keep, probabilities, 0.0)
+        dkept = tl.where(keep, dkept * kept_scale, 0.0)
+    return weights, probabilities * (dkept - delta)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_tiles", "max_seqlen", "seed", "threshold"])
@@ -127,7 +128,7 @@ def _queries_kernel(
 
     k, v = _sequence(k_ptr, k_strides, batch, start, head), _sequence(v_ptr, v_strides, batch, start, head)
     dq = tl.zeros(q.shape, tl.float32)
-    for first_key in range(0, seq_len, INNER):
+    for first_key in range(0, tl.maximum(seq_len, 1), INNER):
         keys = first_key + block
         is_key = _exist(keys, seq_len, mask_ptr)
         k_tile = _load(k, keys, is_key, HEAD_DIM, BLOCK_D)
@@ -219,7 +220,7 @@ def _keys_kernel(
     dqkv_ptr += token * row + head * HEAD_DIM
     dk = tl.zeros(k.shape, tl.float32)
     dv = tl.zeros(k.shape, tl.float32)
-    for first_query in range(0, seq_len, INNER):
+    for first_query in range(0, tl.maximum(seq_len, 1), INNER):
         queries = first_query + block
         is_query = _exist(queries, seq_len, mask_ptr)
         q_tile = _load(q, queries, is_query, HEAD_DIM, BLOCK_D)

@@ -121,3 +121,50 @@ class Encoder:
 
 def fingerprint(module: Module) -> tuple[int, int]:
     """(structure, parameters) of a tree of torch modules: whether it has changed."""
+
+# Training (csrc/bindings/training.cpp)
+
+def dropout_bytes(seed: int, first_row: int, rows: int, columns: int, plane: int = 0) -> Tensor:
+    """The random bytes that decide about dropout, (rows, columns) uint8."""
+
+# Training (csrc/bindings/attention_backward.cpp)
+
+def attention_train(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    attention_mask: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    bias: Tensor | None,
+    schedule: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse): q's shape and dtype; float32 of q.shape[:-1], the natural logarithm of the sum of e^(scaled score).
+
+    Both are zero where the mask hides the query. `bias` is refused; `max_seqlen` and `schedule` are not needed.
+    """
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    attention_mask: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    bias: Tensor | None,
+    schedule: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv): views [..., i, :, :] of one (*q.shape[:-2], 3, heads, head_dim) tensor; zero where the mask hides.
+
+    The arguments are those of `attention_train`, what it returned, and the gradient of `out`. A head of a sequence is
+    one thread's work, so a single long sequence with few heads leaves threads idle.
+    """

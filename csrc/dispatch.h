@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernel_table.h"
+#include "training_table.h"
 
 namespace bert_fast {
 

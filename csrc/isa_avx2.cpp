@@ -13,6 +13,6 @@ BERT_FAST_TARGET_BEGIN("avx2,fma")
 BERT_FAST_TARGET_END
 
 namespace bert_fast {
-const KernelTable avx2_kernels{"avx2", BERT_FAST_ALL_KERNELS};
+const KernelTable avx2_kernels{"avx2", &avx2_training, BERT_FAST_ALL_KERNELS};
 }
 #endif

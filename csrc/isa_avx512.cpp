@@ -15,6 +15,6 @@ BERT_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 BERT_FAST_TARGET_END
 
 namespace bert_fast {
-const KernelTable avx512_kernels{"avx512", BERT_FAST_ALL_KERNELS};
+const KernelTable avx512_kernels{"avx512", &avx512_training, BERT_FAST_ALL_KERNELS};
 }
 #endif

@@ -15,6 +15,6 @@ BERT_FAST_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512vnni,a
 BERT_FAST_TARGET_END
 
 namespace bert_fast {
-const KernelTable avx512_bf16_kernels{"avx512_bf16", BERT_FAST_ALL_KERNELS};
+const KernelTable avx512_bf16_kernels{"avx512_bf16", &avx512_bf16_training, BERT_FAST_ALL_KERNELS};
 }
 #endif

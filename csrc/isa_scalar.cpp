@@ -7,5 +7,5 @@
 #include "kernels/all.h"
 
 namespace bert_fast {
-const KernelTable scalar_kernels{"scalar", BERT_FAST_ALL_KERNELS};
+const KernelTable scalar_kernels{"scalar", &scalar_training, BERT_FAST_ALL_KERNELS};
 }

@@ -208,8 +208,11 @@ struct PrecisionKernels {
   void (*normalize)(const Normalize&, int64_t begin, int64_t end);
 };
 
+struct TrainingTable;  // training_table.h
+
 struct KernelTable {
   const char* name;
+  const TrainingTable* training;
   Kernels<float> f32;
   Kernels<bfloat16> bf16;
   PrecisionKernels precisions[3];  // by Precision

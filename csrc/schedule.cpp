@@ -3,13 +3,6 @@
 #include <algorithm>
 
 namespace bert_fast {
-namespace {
-
-// A task packs the keys and values of its head, so many queries share one; a long sequence is still cut, for the
-// threads.
-constexpr int64_t QUERIES_PER_TASK = 252;  // 18 tiles of 14
-
-}  // namespace
 
 std::vector<AttentionSequence> ragged_sequences(const std::vector<int32_t>& cu_seqlens) {
   std::vector<AttentionSequence> sequences;
@@ -36,14 +29,15 @@ std::vector<AttentionSequence> padded_sequences(int64_t batch_size, int64_t seq_
   return sequences;
 }
 
-std::vector<AttentionTask> attention_tasks(std::vector<AttentionSequence> sequences, int64_t heads) {
+std::vector<AttentionTask> attention_tasks(std::vector<AttentionSequence> sequences, int64_t heads,
+                                           int64_t queries_per_task) {
   std::stable_sort(sequences.begin(), sequences.end(),
                    [](const AttentionSequence& a, const AttentionSequence& b) { return a.length > b.length; });
   std::vector<AttentionTask> tasks;
   for (const AttentionSequence& sequence : sequences)
     for (int64_t head = 0; head < heads; ++head)
-      for (int64_t query = 0; query < sequence.length; query += QUERIES_PER_TASK)
-        tasks.push_back({sequence, head, query, std::min(query + QUERIES_PER_TASK, sequence.length)});
+      for (int64_t query = 0; query < sequence.length; query += queries_per_task)
+        tasks.push_back({sequence, head, query, std::min(query + queries_per_task, sequence.length)});
   return tasks;
 }
 

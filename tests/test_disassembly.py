@@ -30,6 +30,11 @@ MULTIPLY_ADDS = {
     ("avx512_bf16", "Fp32"): (FMA, 1),
     ("avx512_bf16", "Bf16"): ("vdpbf16ps", 1),
     ("avx512_bf16", "Int8"): ("vpdpbusd", 1),
+    # What the backward of attention reads by columns.
+    ("avx2", "Transposed<Fp32>"): (FMA, 1),
+    ("avx512", "Transposed<Fp32>"): (FMA, 1),
+    ("avx512_bf16", "Transposed<Fp32>"): (FMA, 1),
+    ("avx512_bf16", "Transposed<Bf16>"): ("vdpbf16ps", 1),
 }
 
 
@@ -102,8 +107,8 @@ def tiles() -> dict[Tile, list[Instruction]]:
     result = {}
     for name, body in functions(Path(path)).items():
         form = re.match(
-            r"void bert_fast::(\w+)::run_tile<bert_fast::\w+::(\w+), (\d+), (\d+), bert_fast::\w+::\w+, ([^(]+)>\(",
-            name,
+            r"void (\w+)::run_tile<((?:Transposed<)?\w+>?), (\d+), (\d+), \w+, ([^(]+)>\(",
+            re.sub(r"bert_fast::(\w+::(?!run_tile))?", "", name).replace(" >", ">"),
         )
         if form and form[1] != "scalar":
             result[Tile(form[1], form[2], int(form[3]), int(form[4]), form[5])] = body

@@ -219,16 +219,6 @@ def test_training_with_dropout_and_an_optimizer():
         torch.testing.assert_close(fast, bert_fast.restore(model)(**batch()).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_checkpointing_runs_the_plain_path():
-    model = make().train()
-    model.gradient_checkpointing_enable()
-    inputs = batch()
-    torch.manual_seed(0)
-    expected = model(**inputs).last_hidden_state
-    torch.manual_seed(0)
-    assert torch.equal(bert_fast.accelerate(model)(**inputs).last_hidden_state, expected)
-
-
 def test_autocast():
     """Errors against float64: no more than twice plain autocast's own, and the dtypes it has."""
     model, inputs = make(hidden_size=96, intermediate_size=192), batch(batch_size=8, seq_len=20)

@@ -25,8 +25,9 @@ ALLOWED = {
     "ops": {"kernels", "_C", "ops", "checks"},
     "encoder": LIGHT | {"ops"},
     "engine": LIGHT | {"encoder", "engine", "kernels", "ops", "_C"},
-    "modules": LIGHT | {"encoder", "engine"} | {"heads", "reference", "ops", "loading"},
-    "drop_in": LIGHT | {"encoder", "engine", "modules", "ops"},
+    "masked_lm": LIGHT | {"encoder", "engine", "heads", "ops"},
+    "modules": LIGHT | {"encoder", "engine", "masked_lm"} | {"heads", "reference", "ops", "loading"},
+    "drop_in": LIGHT | {"encoder", "engine", "heads", "masked_lm", "modules", "ops"},
 }
 ABOVE = {
     "__init__", "loading", "tokenization", "batching", "transfer", "embedder", "bulk", "verify", "timing",

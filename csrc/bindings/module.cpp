@@ -1,12 +1,8 @@
 // The Python module bert_fast._C: validates everything it is given, owns memory and threads, and calls the kernels.
 // The functions take the arguments of the schemas in bert_fast/ops, and release the GIL.
-#include "bindings.h"
+#include "attention.h"
 
 #include <torch/version.h>
-
-#include <atomic>
-
-#include "../schedule.h"
 
 namespace py = pybind11;
 
@@ -141,85 +137,27 @@ Tensor pooling(const Tensor& hidden, const Tensor& cu_seqlens, const std::string
 
 // ---------------------------------------------------------------------------------------------------------- attention
 
-// Multiply-adds of attention below which a thread is not worth waking.
-constexpr int64_t ATTENTION_WORK_PER_THREAD = 250'000;
-
-template <class T>
-void run_attention(const KernelTable& table, const Attention<T>& args, const std::vector<AttentionTask>& tasks) {
-  const int64_t count = static_cast<int64_t>(tasks.size());
-  if (count == 0) return;
-  int64_t work = 0;
-  for (const AttentionTask& task : tasks)
-    work += (task.end_query - task.first_query) * task.sequence.length * args.head_dim * 2;
-  const int64_t scratch_size = attention_scratch_size(tasks.front().sequence.length, args.head_dim);
-  const int64_t useful = std::min(count, 1 + work / ATTENTION_WORK_PER_THREAD);
-  const int64_t workers = std::min<int64_t>(at::get_num_threads(), useful);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    const auto scratch = allocate<float>(scratch_size);
-    for (int64_t i = next++; i < count; i = next++) table.of<T>().attention(args, tasks[i], scratch.get());
-  });
-}
-
-// The last dimension contiguous, the others as they come.
-Tensor with_dense_heads(const Tensor& tensor) {
-  const Tensor resolved = tensor.resolve_neg();
-  return resolved.size(-1) == 1 || resolved.stride(-1) == 1 ? resolved : resolved.contiguous();
-}
-
-AttentionStrides attention_strides(const Tensor& tensor) {
-  const int64_t token = tensor.stride(-3);
-  return {tensor.dim() == 4 ? tensor.stride(0) : token, token, tensor.stride(-2)};
-}
-
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cu_seqlens,
                  int64_t /* max_seqlen */, const std::optional<Tensor>& attention_mask, double scale, double dropout_p,
                  const std::optional<Tensor>& out_argument) {
   const char* op = "attention";
-  check_kind(op, "q", q, "q", q);
-  check_kind(op, "k", k, "q", q);
-  check_kind(op, "v", v, "q", q);
-  check_shape(op, "k", k, q.sizes());
-  check_shape(op, "v", v, q.sizes());
   check_no_dropout(op, dropout_p);
-  Tensor mask;
-  std::vector<int64_t> rows;
-  std::vector<AttentionSequence> sequences;
-  if (cu_seqlens.has_value()) {
-    TORCH_CHECK_VALUE(q.dim() == 3, op, ": q has shape ", shape_text(q.sizes()),
-                      ", expected (num_tokens, heads, head_dim)");
-    TORCH_CHECK_VALUE(!attention_mask.has_value(), op,
-                      ": attention_mask and cu_seqlens are both given, expected one of them");
-    sequences = ragged_sequences(checked_offsets(op, *cu_seqlens, q.size(0)));
-  } else {
-    TORCH_CHECK_VALUE(q.dim() == 4, op, ": q has shape ", shape_text(q.sizes()),
-                      ", expected (batch_size, seq_len, heads, head_dim), or (num_tokens, heads, head_dim) with "
-                      "cu_seqlens");
-    if (attention_mask.has_value()) {
-      check_cpu(op, "attention_mask", *attention_mask);
-      check_shape(op, "attention_mask", *attention_mask, q.sizes().slice(0, 2));
-      TORCH_CHECK_VALUE(attention_mask->scalar_type() == at::kBool, op, ": attention_mask is ",
-                        dtype_text(*attention_mask), ", expected bool (True = attend)");
-      mask = attention_mask->contiguous();
-    }
-    const uint8_t* keep = mask.defined() ? data<uint8_t>(mask) : nullptr;
-    sequences = padded_sequences(q.size(0), q.size(1), keep, rows);
-  }
-
+  AttentionBatch batch(op, q, k, v, cu_seqlens, attention_mask);
   const KernelTable& table = chosen_kernels();
   const Tensor dense_q = with_dense_heads(q), dense_k = with_dense_heads(k), dense_v = with_dense_heads(v);
   const Tensor out = result(op, out_argument, q.sizes(), q);
   for (const Tensor& rows : {dense_q, dense_k, dense_v}) at::assert_no_overlap(out, rows);
-  if (mask.defined()) out.zero_();  // positions that the mask hides are zeros
+  if (batch.has_mask) out.zero_();  // positions that the mask hides are zeros
   if (out.numel() == 0) return out;
-  const std::vector<AttentionTask> tasks = attention_tasks(std::move(sequences), q.size(-2));
+  const std::vector<AttentionTask> tasks = attention_tasks(batch.sequences, q.size(-2));
   with_element_type(q, [&](auto element) {
     using T = decltype(element);
     const Attention<T> args{data<T>(dense_q),           data<T>(dense_k),           data<T>(dense_v),
                             mutable_data<T>(out),       attention_strides(dense_q), attention_strides(dense_k),
                             attention_strides(dense_v), attention_strides(out),     q.size(-1),
                             static_cast<float>(scale)};
-    run_attention(table, args, tasks);
+    run_attention(tasks, q.size(-1), 2, attention_scratch_size,
+                  [&](const AttentionTask& task, float* scratch) { table.of<T>().attention(args, task, scratch); });
   });
   return out;
 }
@@ -243,6 +181,9 @@ PYBIND11_MODULE(_C, module) {
   bind_linear(module);
   bind_encoder(module);
   bind_fingerprint(module);
+  bind_training(module);
+  bind_layer_norm_training(module);
+  bind_attention_training(module);
   module.def("available_isas", available_isas, "Instruction sets that this machine has, best last.");
   module.def("set_isa", set_isa, "Run on this instruction set; ValueError when the machine does not have it.");
   module.def("get_isa", [] { return std::string(kernels().name); }, "The instruction set in use.");

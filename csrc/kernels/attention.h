@@ -53,16 +53,16 @@ void pack_keys(const T* head, const AttentionSequence& sequence, int64_t stride,
   }
 }
 
-// Rows of V -> panels (length / DEPTH, PANEL, DEPTH), one for every PANEL channels; zero past the last of both.
+// `count` rows of V -> panels (count / DEPTH, PANEL, DEPTH), one for every PANEL channels; zero past the last of both.
 template <class P, class T>
-void pack_values(const T* head, const AttentionSequence& sequence, int64_t stride, int64_t head_dim,
-                 typename P::Weight* packed) {
-  const int64_t steps = (sequence.length + P::DEPTH - 1) / P::DEPTH;
+void pack_values(const T* head, const AttentionSequence& sequence, int64_t first, int64_t count, int64_t stride,
+                 int64_t head_dim, typename P::Weight* packed) {
+  const int64_t steps = (count + P::DEPTH - 1) / P::DEPTH;
   for (int64_t panel = 0; panel < head_dim; panel += PANEL) {
     for (int64_t k = 0; k < steps; ++k, packed += PANEL * P::DEPTH) {
-      const T* row = head + row_of(sequence, k * P::DEPTH) * stride + panel;
-      const bool has_next = P::DEPTH > 1 && k * P::DEPTH + 1 < sequence.length;
-      const T* next = has_next ? head + row_of(sequence, k * P::DEPTH + 1) * stride + panel : nullptr;
+      const T* row = head + row_of(sequence, first + k * P::DEPTH) * stride + panel;
+      const bool has_next = P::DEPTH > 1 && k * P::DEPTH + 1 < count;
+      const T* next = has_next ? head + row_of(sequence, first + k * P::DEPTH + 1) * stride + panel : nullptr;
       for (int64_t i = 0; i < PANEL; i += LANES) {
         const int64_t left = std::max<int64_t>(0, head_dim - panel - i);
         const Vec low = left > 0 ? load(row + i, left) : set1(0.0f);
@@ -77,20 +77,50 @@ void pack_values(const T* head, const AttentionSequence& sequence, int64_t strid
   }
 }
 
-// A row of scores -> probabilities before they are divided by their sum, which is returned. `out` may start at
-// `scores`.
+// Rows as a product of P reads them, `stride` values apart.
 template <class P>
-BERT_FAST_INLINE float softmax_row(const float* scores, int64_t length, Vec unit, typename P::Input* out) {
+struct InputRows {
+  const typename P::Input* data;
+  int64_t stride;
+};
+
+// `count` rows of Q: where they lie, or if they are of another type or apart gathered in `copy`, `channels` apart.
+template <class P, class T>
+InputRows<P> input_rows(const T* head, const AttentionSequence& sequence, int64_t first, int64_t count, int64_t stride,
+                        int64_t head_dim, typename P::Input* copy, int64_t channels) {
+  if (std::is_same_v<T, typename P::Input> && sequence.rows == nullptr)
+    return {reinterpret_cast<const typename P::Input*>(head + first * stride), stride};
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t c = 0; c < head_dim; c += LANES)
+      store(copy + i * channels + c, load(head + row_of(sequence, first + i) * stride + c, head_dim - c));
+  return {copy, channels};
+}
+
+// All probabilities as they are.
+struct KeepAll {
+  BERT_FAST_INLINE Vec operator()(Vec v, int64_t) const { return v; }
+};
+
+// What the softmax learns of a row: the largest score, and the sum of the powers of the others' distances from it.
+struct RowSums {
+  float highest, total;
+};
+
+// A row of scores -> keep(probabilities, index of the first), not divided by their sum, of which the dropped ones are
+// part. `out` may start at `scores`.
+template <bool EXACT, class Keep, class Input>
+BERT_FAST_INLINE RowSums softmax_row(const float* scores, int64_t length, Vec unit, const Keep& keep, Input* out) {
   Vec maximum = first(load(scores), length, set1(-std::numeric_limits<float>::infinity()));
   for (int64_t i = LANES; i < length; i += LANES) maximum = max(maximum, first(load(scores + i), length - i, maximum));
-  const Vec shift = set1(highest(maximum));
+  const float top = highest(maximum);
+  const Vec shift = set1(top);
   Vec total = set1(0.0f);
   for (int64_t i = 0; i < length; i += LANES) {
-    const Vec power = first(exp2<P::DEPTH == 1>((load(scores + i) - shift) * unit), length - i, set1(0.0f));
+    const Vec power = first(exp2<EXACT>((load(scores + i) - shift) * unit), length - i, set1(0.0f));
     total = total + power;
-    store(out + i, power);
+    store(out + i, keep(power, i));
   }
-  return sum(total);
+  return {top, sum(total)};
 }
 
 // Scores to memory as they are.
@@ -132,8 +162,10 @@ struct StoreOutput {
   }
 };
 
-template <class P, class T>
-void attend(const Attention<T>& args, const AttentionTask& task, float* scratch) {
+// softmax(scores of a query, which query) leaves its probabilities in place of the scores, as P::Input, and returns
+// what its row of the result is to be multiplied by; it is called for one query after another.
+template <class P, class T, class Softmax>
+void attend(const Attention<T>& args, const AttentionTask& task, float* scratch, Softmax&& softmax) {
   using Weight = typename P::Weight;
   using Input = typename P::Input;
   const AttentionSequence& sequence = task.sequence;
@@ -150,48 +182,49 @@ void attend(const Attention<T>& args, const AttentionTask& task, float* scratch)
   const T* v = args.v + sequence.batch * args.v_strides.batch + task.head * args.v_strides.head;
   T* out = args.out + sequence.batch * args.out_strides.batch + task.head * args.out_strides.head;
   pack_keys<P>(k, sequence, args.k_strides.token, head_dim, std::copysign(1.0f, args.scale), packed_keys);
-  pack_values<P>(v, sequence, args.v_strides.token, head_dim, packed_values);
+  pack_values<P>(v, sequence, 0, length, args.v_strides.token, head_dim, packed_values);
 
   const int64_t score_steps = (head_dim + P::DEPTH - 1) / P::DEPTH, value_steps = (length + P::DEPTH - 1) / P::DEPTH;
   const int64_t input_stride = score_stride * static_cast<int64_t>(sizeof(float) / sizeof(Input));
-  // The size of the scale is applied to differences of scores, which rounds less than scaling the queries; its sign
-  // decides which score is the largest.
-  const Vec unit = set1(std::abs(args.scale) * 1.44269504f);  // log2(e): powers of e become powers of 2
-  const bool in_place = std::is_same_v<T, Input> && sequence.rows == nullptr;
   const int64_t count = task.end_query - task.first_query, tiles = (count + P::ROWS - 1) / P::ROWS;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first_query = task.first_query + count * t / tiles;
     const int64_t rows = task.first_query + count * (t + 1) / tiles - first_query;
-    const T* query = q + row_of(sequence, first_query) * args.q_strides.token;
-    const Input* a = reinterpret_cast<const Input*>(query);
-    int64_t stride = args.q_strides.token;
-    if (!in_place) {
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t c = 0; c < head_dim; c += LANES)
-          store(queries + i * channels + c,
-                load(q + row_of(sequence, first_query + i) * args.q_strides.token + c, head_dim - c));
-      a = queries;
-      stride = channels;
-    }
-    product<P, NoFetch>(a, stride, packed_keys, score_steps, 0, rows, 0, keys / PANEL,
+    const InputRows<P> a =
+        input_rows<P>(q, sequence, first_query, rows, args.q_strides.token, head_dim, queries, channels);
+    product<P, NoFetch>(a.data, a.stride, packed_keys, score_steps, 0, rows, 0, keys / PANEL,
                         StoreScores{scores, score_stride});
     float factors[P::ROWS];
-    for (int64_t i = 0; i < rows; ++i) {
-      float* row = scores + i * score_stride;
-      factors[i] = 1.0f / softmax_row<P>(row, length, unit, reinterpret_cast<Input*>(row));
-    }
+    for (int64_t i = 0; i < rows; ++i) factors[i] = softmax(scores + i * score_stride, first_query + i);
     const StoreOutput<T> epilogue{out, sequence, args.out_strides.token, head_dim, first_query, factors};
     product<P, NoFetch>(reinterpret_cast<const Input*>(scores), input_stride, packed_values, value_steps, 0, rows, 0,
                         channels / PANEL, epilogue);
   }
 }
 
+// f(Bf16{}) or f(Fp32{}): the kind of the products of attention.
+template <class T, class F>
+BERT_FAST_INLINE void with_products(int64_t head_dim, float scale, const F& f) {
+  if constexpr (HAS_DOT2 && std::is_same_v<T, bfloat16>) {
+    if (head_dim % Bf16::DEPTH == 0 && scale >= 0.0f) return f(Bf16{});
+  }
+  f(Fp32{});
+}
+
+// What differences of scores are multiplied by to become powers of 2. The size of the scale is applied to differences,
+// which rounds less than scaling the queries; its sign, in the packed keys, decides which score is the largest.
+BERT_FAST_INLINE Vec power_unit(float scale) { return set1(std::abs(scale) * 1.44269504f); }  // log2(e)
+
 template <class T>
 void attention(const Attention<T>& args, const AttentionTask& task, float* scratch) {
-  if constexpr (HAS_DOT2 && std::is_same_v<T, bfloat16>) {
-    if (args.head_dim % Bf16::DEPTH == 0 && args.scale >= 0.0f) return attend<Bf16>(args, task, scratch);
-  }
-  attend<Fp32>(args, task, scratch);
+  with_products<T>(args.head_dim, args.scale, [&](auto products) {
+    using P = decltype(products);
+    const Vec unit = power_unit(args.scale);
+    attend<P>(args, task, scratch, [&](float* row, int64_t) {
+      typename P::Input* out = reinterpret_cast<typename P::Input*>(row);
+      return 1.0f / softmax_row<P::DEPTH == 1>(row, task.sequence.length, unit, KeepAll{}, out).total;
+    });
+  });
 }
 
 }  // namespace bert_fast::BERT_FAST_ISA

@@ -7,9 +7,9 @@
 //   Bf16        bfloat16    bfloat16        2  float
 //   Int8        uint8_t     int8_t          4  int32, exact
 //
-// A tile has up to ROWS rows. SUM_STEPS is how many steps are summed before they are rounded to join the rest
-// (product.h); 0 is all of them. The sum of an element runs over k in order, whatever M and N are, so a row's result
-// does not depend on the rows that share its tile.
+// at(row, step, stride) is where `a` has the group of a row and a step. A tile has up to ROWS rows. SUM_STEPS is how
+// many steps are summed before they are rounded to join the rest (product.h); 0 is all of them. The sum of an element
+// runs over k in order, whatever M and N are, so a row's result does not depend on the rows that share its tile.
 #pragma once
 
 #include "../kernel_table.h"
@@ -23,6 +23,7 @@ struct Fp32 {
   using Right = Vec;
   static constexpr int DEPTH = 1, ROWS = TILE_ROWS;
   static constexpr int64_t SUM_STEPS = 384;
+  static BERT_FAST_INLINE int64_t at(int64_t row, int64_t step, int64_t stride) { return row * stride + step * DEPTH; }
   static BERT_FAST_INLINE Right right(const Weight* p) { return load(p); }
   static BERT_FAST_INLINE Sum add(Sum total, const Input* a, Right b) { return fma(set1(*a), b, total); }
 };
@@ -34,6 +35,7 @@ struct Bf16 {
   using Right = Bits;
   static constexpr int DEPTH = 2, ROWS = TILE_ROWS_DOT2;
   static constexpr int64_t SUM_STEPS = 0;
+  static BERT_FAST_INLINE int64_t at(int64_t row, int64_t step, int64_t stride) { return row * stride + step * DEPTH; }
   static BERT_FAST_INLINE Right right(const Weight* p) { return load_bits(p); }
   static BERT_FAST_INLINE Sum add(Sum total, const Input* a, Right b) { return dot2(total, set1_bits(a), b); }
 };
@@ -45,8 +47,17 @@ struct Int8 {
   using Right = Bits;
   static constexpr int DEPTH = 4, ROWS = TILE_ROWS_DOT4;
   static constexpr int64_t SUM_STEPS = 0;
+  static BERT_FAST_INLINE int64_t at(int64_t row, int64_t step, int64_t stride) { return row * stride + step * DEPTH; }
   static BERT_FAST_INLINE Right right(const Weight* p) { return load_bits(p); }
   static BERT_FAST_INLINE Sum add(Sum total, const Input* a, Right b) { return dot4(total, set1_bits(a), b); }
+};
+
+// The same product with `a` transposed: its steps are `stride` values apart, and the groups of its rows side by side.
+template <class P>
+struct Transposed : P {
+  static BERT_FAST_INLINE int64_t at(int64_t row, int64_t step, int64_t stride) {
+    return step * stride + row * P::DEPTH;
+  }
 };
 
 // What a tile fetches from memory while it multiplies: two cache lines at each step, `stride` bytes further each time.
@@ -66,7 +77,7 @@ struct NoFetch {
   BERT_FAST_INLINE void step() {}
 };
 
-// a: M rows, `stride` values apart; b: `steps` rows of groups, `b_stride` values apart.
+// a: M rows (or steps), `stride` values apart; b: `steps` rows of groups, `b_stride` values apart.
 template <class P, int M, int N, class Ahead>
 BERT_FAST_INLINE void tile(const typename P::Input* a, int64_t stride, const typename P::Weight* b, int64_t b_stride,
                            int64_t steps, Ahead& ahead, typename P::Sum (&sums)[M][N]) {
@@ -74,7 +85,7 @@ BERT_FAST_INLINE void tile(const typename P::Input* a, int64_t stride, const typ
   constexpr int GROUPS = (M + 2) / 3;
   const typename P::Input* rows[GROUPS];
 #pragma GCC unroll 8
-  for (int i = 0; i < GROUPS; ++i) rows[i] = a + 3 * i * stride;
+  for (int i = 0; i < GROUPS; ++i) rows[i] = a + P::at(3 * i, 0, stride);
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
@@ -87,10 +98,10 @@ BERT_FAST_INLINE void tile(const typename P::Input* a, int64_t stride, const typ
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) sums[i][j] = P::add(sums[i][j], rows[i / 3] + i % 3 * stride, right[j]);
+      for (int j = 0; j < N; ++j) sums[i][j] = P::add(sums[i][j], rows[i / 3] + P::at(i % 3, 0, stride), right[j]);
     b += b_stride;
 #pragma GCC unroll 8
-    for (int i = 0; i < GROUPS; ++i) rows[i] += P::DEPTH;
+    for (int i = 0; i < GROUPS; ++i) rows[i] += P::at(0, 1, stride);
   }
 }
 

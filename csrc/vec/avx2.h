@@ -93,6 +93,25 @@ BERT_FAST_INLINE float highest(Vec v) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
+BERT_FAST_INLINE Vec kept(Vec v, const uint8_t* p, int threshold) {
+  const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(bytes, _mm256_set1_epi32(threshold - 1))));
+}
+
+typedef uint64_t Wide __attribute__((vector_size(32)));
+constexpr int WIDE_LANES = 4;
+
+BERT_FAST_INLINE Wide count_up() { return Wide{0, 1, 2, 3}; }
+BERT_FAST_INLINE Wide multiply_low(Wide a, uint32_t factor) {
+  return reinterpret_cast<Wide>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(factor)));
+}
+BERT_FAST_INLINE void store_pairs(uint8_t* p, Wide a, Wide b) {
+  const __m256i left = reinterpret_cast<__m256i>(a), right = reinterpret_cast<__m256i>(b);
+  const __m256i even = _mm256_unpacklo_epi64(left, right), odd = _mm256_unpackhi_epi64(left, right);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute2x128_si256(even, odd, 0x20));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), _mm256_permute2x128_si256(even, odd, 0x31));
+}
+
 typedef int Bits __attribute__((vector_size(32)));
 typedef int Ints __attribute__((vector_size(32)));
 

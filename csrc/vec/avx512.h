@@ -81,6 +81,25 @@ BERT_FAST_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 BERT_FAST_INLINE float lowest(Vec v) { return _mm512_reduce_min_ps(v); }
 BERT_FAST_INLINE float highest(Vec v) { return _mm512_reduce_max_ps(v); }
 
+BERT_FAST_INLINE Vec kept(Vec v, const uint8_t* p, int threshold) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_maskz_mov_ps(_mm_cmpgt_epu8_mask(bytes, _mm_set1_epi8(static_cast<char>(threshold - 1))), v);
+}
+
+typedef uint64_t Wide __attribute__((vector_size(64)));
+constexpr int WIDE_LANES = 8;
+
+BERT_FAST_INLINE Wide count_up() { return Wide{0, 1, 2, 3, 4, 5, 6, 7}; }
+BERT_FAST_INLINE Wide multiply_low(Wide a, uint32_t factor) {
+  return reinterpret_cast<Wide>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), _mm512_set1_epi64(factor)));
+}
+BERT_FAST_INLINE void store_pairs(uint8_t* p, Wide a, Wide b) {
+  const __m512i left = reinterpret_cast<__m512i>(a), right = reinterpret_cast<__m512i>(b);
+  const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi64(left, low, right));
+  _mm512_storeu_si512(p + 64, _mm512_permutex2var_epi64(left, high, right));
+}
+
 // Integer vectors of GCC's own, too: an array of __m512i accumulators would be spilt.
 typedef int Bits __attribute__((vector_size(64)));
 typedef int Ints __attribute__((vector_size(64)));

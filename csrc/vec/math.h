@@ -50,19 +50,36 @@ BERT_FAST_INLINE Vec exp_product(Vec x, Vec y) {
   return add_exponent(exp2_fraction(r * set1(log2_e)), n);
 }
 
-// x times the normal distribution function, as max(x, 0) - a / 2 erfc(a / sqrt 2) with a = |x|: no cancellation on
-// either side. erfc(a / sqrt 2) = e^(-a^2 / 2) P(u) / (a + 5/2) with u = (a - 5/2) / (a + 5/2); relative error of the
-// fit for a <= 12.6: 1.5e-8. Beyond, where a / 2 erfc is below 1e-34, a stands still.
-BERT_FAST_INLINE Vec gelu_erf(Vec x) {
+// The tail of the normal distribution: erfc(a / sqrt 2) = bell * ratio * p, where bell = e^(-a^2 / 2).
+struct Tail {
+  Vec a, bell, ratio, p;
+};
+
+// At a = |x|: ratio = 1 / (a + 5/2) and p = P(u) with u = (a - 5/2) / (a + 5/2); relative error of the fit for a <=
+// 12.6: 1.5e-8. Beyond, where a / 2 erfc is below 1e-34, a stands still.
+BERT_FAST_INLINE Tail normal_tail(Vec x) {
   constexpr float coefficients[] = {1.413313270e+0f,  -8.673840761e-1f, 2.639737725e-1f, 1.847234555e-2f,
                                     -3.277017549e-2f, -3.203865606e-3f, 5.038887262e-3f, 1.368525205e-3f,
                                     -6.119221798e-4f, -3.090852697e-4f};
   const Vec a = min(set1(12.5f), max(x, set1(0.0f) - x));
-  const Vec minus_half_a = a * set1(-0.5f);
-  const Vec w = set1(1.0f) / (a + set1(2.5f));
-  const Vec u = fma(set1(-5.0f), w, set1(1.0f));
-  const Vec erfc = exp_product(minus_half_a, a) * w * polynomial<9>(u, coefficients);
-  return fma(minus_half_a, erfc, max(set1(0.0f), x));
+  const Vec ratio = set1(1.0f) / (a + set1(2.5f));
+  const Vec u = fma(set1(-5.0f), ratio, set1(1.0f));
+  return {a, exp_product(a * set1(-0.5f), a), ratio, polynomial<9>(u, coefficients)};
+}
+
+// x times the normal distribution function, as max(x, 0) - a / 2 erfc(a / sqrt 2) with a = |x|: no cancellation on
+// either side.
+BERT_FAST_INLINE Vec gelu_erf(Vec x) {
+  const Tail tail = normal_tail(x);
+  const Vec erfc = tail.bell * tail.ratio * tail.p;
+  return fma(tail.a * set1(-0.5f), erfc, max(set1(0.0f), x));
+}
+
+// The derivative: at -a it is erfc(a / sqrt 2) / 2 - a e^(-a^2 / 2) / sqrt(2 pi), at a it is one minus that.
+BERT_FAST_INLINE Vec gelu_erf_derivative(Vec x) {
+  const Tail tail = normal_tail(x);
+  const Vec left = tail.bell * fma(tail.a, set1(-0.398942280f), set1(0.5f) * tail.ratio * tail.p);
+  return select_ge(x, set1(0.0f), set1(1.0f) - left, left);
 }
 
 // GELU with a small absolute error, for sums that have been rounded themselves: x (1/2 + x Q(t)) with t = 2 (x / L)^2 -
@@ -88,14 +105,27 @@ BERT_FAST_INLINE Vec gelu_erf_absolute(Vec x) {
   return x * fma(inner, q, set1(0.5f));
 }
 
-// x / 2 (1 + tanh z) = x / (1 + e^(-2 z)) with z = sqrt(2 / pi) (x + 0.044715 x^3).
+// e^(-2 z) with z = sqrt(2 / pi) (x + 0.044715 x^3), for |x| <= 8.
+BERT_FAST_INLINE Vec exp_minus_2_z(Vec x) {
+  const Vec cubic = fma(set1(0.044715f) * x * x, x, x);
+  const Vec minus_2_z = cubic * set1(-1.59576912f);  // 2 sqrt(2 / pi)
+  return exp_product(minus_2_z, set1(1.0f));
+}
+
+// x / 2 (1 + tanh z) = x / (1 + e^(-2 z)).
 BERT_FAST_INLINE Vec gelu_tanh(Vec x) {
   // From -8 on down the result is below 1e-20, and x stands still; from 8 on up it is x.
   const Vec bounded = max(set1(-8.0f), x);
-  const Vec inner = min(set1(8.0f), bounded);
-  const Vec cubic = fma(set1(0.044715f) * inner * inner, inner, inner);
-  const Vec minus_2_z = cubic * set1(-1.59576912f);  // 2 sqrt(2 / pi)
-  return bounded / (set1(1.0f) + exp_product(minus_2_z, set1(1.0f)));
+  return bounded / (set1(1.0f) + exp_minus_2_z(min(set1(8.0f), bounded)));
+}
+
+// The derivative s (1 + 2 x z' e^(-2 z) s) with s = 1 / (1 + e^(-2 z)) and 2 z' = 2 sqrt(2 / pi) (1 + 3 * 0.044715
+// x^2).
+BERT_FAST_INLINE Vec gelu_tanh_derivative(Vec x) {
+  const Vec inner = min(set1(8.0f), max(set1(-8.0f), x));  // beyond, it is 1 or below 1e-19
+  const Vec e = exp_minus_2_z(inner), s = set1(1.0f) / (set1(1.0f) + e);
+  const Vec slope = fma(inner * inner, set1(0.214064448f), set1(1.59576912f));
+  return s * fma(inner * slope, e * s, set1(1.0f));
 }
 
 }  // namespace bert_fast::BERT_FAST_ISA

@@ -14,6 +14,13 @@
 //   lowest(v), highest(v)         of all lanes; any of them where one is NaN
 //   transpose(m)                  of the LANES x LANES matrix held in LANES vectors
 //   to_bits(v), from_bits(b)      the same 32 bits per lane as integers, and back
+//   kept(v, p, threshold)         lanes whose byte, at p + lane, is `threshold` or more; the others zero; 1 to 256
+//
+// Wide holds WIDE_LANES numbers of 64 bits, with + ^ << >> &.
+//
+//   count_up()                    0, 1, 2, ...
+//   multiply_low(a, factor)       the products of the low 32 bits, in full
+//   store_pairs(p, a, b)          a[0], b[0], a[1], b[1], ... to 16 WIDE_LANES bytes
 //
 // Products of narrow types. A vector Bits holds in each 32-bit lane a float, two bfloat16 or four bytes, the first in
 // the low bits; `a` below is one such lane, which every lane of b meets.
@@ -82,6 +89,18 @@ BERT_FAST_INLINE float sum(Vec v) { return v; }
 BERT_FAST_INLINE float lowest(Vec v) { return v; }
 BERT_FAST_INLINE float highest(Vec v) { return v; }
 BERT_FAST_INLINE void transpose(Vec (&)[LANES]) {}
+
+BERT_FAST_INLINE Vec kept(Vec v, const uint8_t* p, int threshold) { return *p >= threshold ? v : 0.0f; }
+
+using Wide = uint64_t;
+constexpr int WIDE_LANES = 1;
+
+BERT_FAST_INLINE Wide count_up() { return 0; }
+BERT_FAST_INLINE Wide multiply_low(Wide a, uint32_t factor) { return (a & 0xffffffff) * factor; }
+BERT_FAST_INLINE void store_pairs(uint8_t* p, Wide a, Wide b) {
+  std::memcpy(p, &a, sizeof a);
+  std::memcpy(p + sizeof a, &b, sizeof b);
+}
 
 using Bits = uint32_t;
 using Ints = int32_t;

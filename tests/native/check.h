@@ -179,5 +179,6 @@ void test_encoder();
 void test_threads();
 void test_memory();
 void test_offsets();
+void test_attention_training();
 
 }  // namespace bert_fast

@@ -14,7 +14,7 @@ whole sequence's keys the second one makes dq too, and is the only one.
 
 # mypy: allow-untyped-defs
 
-from typing import Any
+import functools
 
 import torch
 import triton
@@ -61,17 +61,15 @@ def _exist(rows, seq_len, mask_ptr):
 
 
 @triton.jit
-def _gradient(exponents, dkept, delta, keep, kept_scale):
-    """The kept probabilities, not scaled up, and the gradient of the scaled scores; all float32 of one shape.
+def _scale_of_gradients(scale, seq_len):
+    """`scale`, but 0 for one key: its probability is 1 whatever its score, and only errors would be scaled."""
+    return tl.where(seq_len > 1, scale, 0.0)
 
-    exponents: of 2, of the probabilities. dkept: grad v^T. keep: what dropout keeps, None without.
-    """
-    probabilities = tl.exp2(exponents)
-    weights = probabilities
-    if keep is not None:
-        weights = tl.where(keep, probabilities, 0.0)
-        dkept = tl.where(keep, dkept * kept_scale, 0.0)
-    return weights, probabilities * (dkept - delta)
+
+@triton.jit
+def _kept_gradient(dkept, keep, kept_scale):
+    """The gradient of probabilities, by that of those that dropout keeps and scales up; `keep` is None without."""
+    return dkept if keep is None else tl.where(keep, dkept * kept_scale, 0.0)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_tiles", "max_seqlen", "seed", "threshold"])
@@ -111,7 +109,7 @@ def _queries_kernel(
     batch, start, token, seq_len, first_query = place(
         cu_seqlens_ptr, schedule_ptr, tl.program_id(0) // heads, num_tokens, num_tiles, max_seqlen, BLOCK
     )
-    if first_query >= seq_len:
+    if seq_len <= BLOCK or first_query >= seq_len:  # the other kernel makes all of a sequence that its tile holds
         return
     if mask_ptr is not None:
         mask_ptr += batch * num_tokens
@@ -141,13 +139,87 @@ def _queries_kernel(
         keep = None
         if threshold is not None:
             keep = kept(seed, threshold, (token + queries)[:, None], first_key, head, INNER)
-        _, dscores = _gradient(exponents, dkept, delta[:, None], keep, kept_scale)
+        dscores = tl.exp2(exponents) * (_kept_gradient(dkept, keep, kept_scale) - delta[:, None])
         dq = tl.dot(dscores.to(q.dtype), k_tile, dq, input_precision="ieee")
     dq *= scale
     if mask_ptr is not None:
         dq = tl.where(is_query[:, None], dq, 0.0)
     row = 3 * heads * HEAD_DIM
     _store(dqkv_ptr + token * row + head * HEAD_DIM, row, queries, dq, queries < seq_len, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _walk_queries(
+    q,
+    k,
+    v,
+    grad,
+    lse_ptr,
+    heads,
+    dqkv_ptr,
+    mask_ptr,
+    first_key,
+    seq_len,
+    scale,
+    dropout,
+    rows_ptr,
+    num_rows,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """dk and dv of a tile of keys. Without rows_ptr the tile holds all keys of its sequence, and dq is made too.
+
+    Then delta is the sum over keys of P * dP. As P and dP are those that it is subtracted from, so are their errors.
+    """
+    seed, threshold, kept_scale, token, head = dropout
+    width = heads * HEAD_DIM
+    keys, block = first_key + tl.arange(0, BLOCK), tl.arange(0, INNER)
+    is_key = _exist(keys, seq_len, mask_ptr)
+    k, v = _load(k, keys, is_key, HEAD_DIM, BLOCK_D), _load(v, keys, is_key, HEAD_DIM, BLOCK_D)
+    dk = tl.zeros(k.shape, tl.float32)
+    dv = tl.zeros(k.shape, tl.float32)
+    for first_query in range(0, tl.maximum(seq_len, 1), INNER):
+        queries = first_query + block
+        is_query = _exist(queries, seq_len, mask_ptr)
+        q_tile = _load(q, queries, is_query, HEAD_DIM, BLOCK_D)
+        grad_tile = _load(grad, queries, is_query, HEAD_DIM, BLOCK_D)
+        if rows_ptr is None:
+            lse = tl.load(lse_ptr + queries.to(tl.int64) * heads, mask=is_query, other=0.0) * LOG2_E
+        else:
+            lse = tl.load(rows_ptr + queries, mask=is_query, other=0.0)
+        scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
+        dkept = tl.dot(v, tl.trans(grad_tile), input_precision="ieee")
+        exponents = tl.fma(scores, scale * LOG2_E, -lse[None, :])
+        if rows_ptr is None and (mask_ptr is not None or seq_len < BLOCK):
+            exponents = tl.where(is_key[:, None], exponents, float("-inf"))
+        probabilities = tl.exp2(exponents)
+        keep, weights = None, probabilities
+        if threshold is not None:
+            keep = tl.trans(kept(seed, threshold, (token + queries)[:, None], first_key, head, BLOCK))
+            weights = tl.where(keep, probabilities, 0.0)
+        dprobabilities = _kept_gradient(dkept, keep, kept_scale)
+        if rows_ptr is None:
+            delta = tl.sum(probabilities * dprobabilities, axis=0) / tl.sum(probabilities, axis=0)
+        else:
+            delta = tl.load(rows_ptr + num_rows + queries, mask=is_query, other=0.0)
+        dv = tl.dot(weights.to(v.dtype), grad_tile, dv, input_precision="ieee")
+        dscores = (probabilities * (dprobabilities - delta[None, :])).to(k.dtype)
+        dk = tl.dot(dscores, q_tile, dk, input_precision="ieee")
+        if rows_ptr is None:
+            dq = tl.dot(tl.trans(dscores), k, input_precision="ieee") * _scale_of_gradients(scale, seq_len)
+            if mask_ptr is not None:
+                dq = tl.where(is_query[:, None], dq, 0.0)
+            _store(dqkv_ptr, 3 * width, queries, dq, queries < seq_len, HEAD_DIM, BLOCK_D)
+    dk *= _scale_of_gradients(scale, seq_len)
+    if threshold is not None:
+        dv *= kept_scale
+    if mask_ptr is not None:
+        dk = tl.where(is_key[:, None], dk, 0.0)
+        dv = tl.where(is_key[:, None], dv, 0.0)
+    _store(dqkv_ptr + width, 3 * width, keys, dk, keys < seq_len, HEAD_DIM, BLOCK_D)
+    _store(dqkv_ptr + 2 * width, 3 * width, keys, dv, keys < seq_len, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -168,7 +240,6 @@ def _keys_kernel(
     k_ptr,
     v_ptr,
     grad_ptr,
-    out_ptr,
     lse_ptr,
     rows_ptr,
     dqkv_ptr,
@@ -190,7 +261,6 @@ def _keys_kernel(
     k_strides,
     v_strides,
     grad_strides,
-    out_strides,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -201,10 +271,9 @@ def _keys_kernel(
     row = 3 * heads * HEAD_DIM
     tile = tl.program_id(0) // heads
     head = (tl.program_id(0) % heads).to(tl.int64)
-    if cu_seqlens_ptr is not None:
-        if tile >= tiles:
-            _clear(dqkv_ptr, cu_seqlens_ptr + batch_size, num_tokens, row, tl.program_id(0) - tiles * heads, CLEARING)
-            return
+    if cu_seqlens_ptr is not None and tile >= tiles:
+        _clear(dqkv_ptr, cu_seqlens_ptr + batch_size, num_tokens, row, tl.program_id(0) - tiles * heads, CLEARING)
+        return
     batch, start, token, seq_len, first_key = place(
         cu_seqlens_ptr, schedule_ptr, tile, num_tokens, num_tiles, max_seqlen, BLOCK
     )
@@ -212,71 +281,65 @@ def _keys_kernel(
         return
     if mask_ptr is not None:
         mask_ptr += batch * num_tokens
-    keys, block = first_key + tl.arange(0, BLOCK), tl.arange(0, INNER)
-    is_key = _exist(keys, seq_len, mask_ptr)
-    k = _load(_sequence(k_ptr, k_strides, batch, start, head), keys, is_key, HEAD_DIM, BLOCK_D)
-    v = _load(_sequence(v_ptr, v_strides, batch, start, head), keys, is_key, HEAD_DIM, BLOCK_D)
     q, grad = _sequence(q_ptr, q_strides, batch, start, head), _sequence(grad_ptr, grad_strides, batch, start, head)
+    k, v = _sequence(k_ptr, k_strides, batch, start, head), _sequence(v_ptr, v_strides, batch, start, head)
     dqkv_ptr += token * row + head * HEAD_DIM
-    dk = tl.zeros(k.shape, tl.float32)
-    dv = tl.zeros(k.shape, tl.float32)
-    for first_query in range(0, tl.maximum(seq_len, 1), INNER):
-        queries = first_query + block
-        is_query = _exist(queries, seq_len, mask_ptr)
-        q_tile = _load(q, queries, is_query, HEAD_DIM, BLOCK_D)
-        grad_tile = _load(grad, queries, is_query, HEAD_DIM, BLOCK_D)
-        if rows_ptr is None:
-            out = _load(_sequence(out_ptr, out_strides, batch, start, head), queries, is_query, HEAD_DIM, BLOCK_D)
-            delta = tl.sum(grad_tile.to(tl.float32) * out.to(tl.float32), axis=1)
-            lse = tl.load(lse_ptr + (token + queries) * heads + head, mask=is_query, other=0.0) * LOG2_E
-        else:
-            rows = rows_ptr + head * 2 * num_rows + token + queries
-            lse = tl.load(rows, mask=is_query, other=0.0)
-            delta = tl.load(rows + num_rows, mask=is_query, other=0.0)
-        scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
-        dkept = tl.dot(v, tl.trans(grad_tile), input_precision="ieee")
-        exponents = tl.fma(scores, scale * LOG2_E, -lse[None, :])
-        if rows_ptr is None and (mask_ptr is not None or seq_len < BLOCK):
-            exponents = tl.where(is_key[:, None], exponents, float("-inf"))
-        keep = None
-        if threshold is not None:
-            keep = tl.trans(kept(seed, threshold, (token + queries)[:, None], first_key, head, BLOCK))
-        probabilities, dscores = _gradient(exponents, dkept, delta[None, :], keep, kept_scale)
-        dv = tl.dot(probabilities.to(v.dtype), grad_tile, dv, input_precision="ieee")
-        dscores = dscores.to(k.dtype)
-        dk = tl.dot(dscores, q_tile, dk, input_precision="ieee")
-        if rows_ptr is None:
-            dq = tl.dot(tl.trans(dscores), k, input_precision="ieee") * scale
-            if mask_ptr is not None:
-                dq = tl.where(is_query[:, None], dq, 0.0)
-            _store(dqkv_ptr, row, queries, dq, queries < seq_len, HEAD_DIM, BLOCK_D)
-    dk *= scale
-    if threshold is not None:
-        dv *= kept_scale
-    if mask_ptr is not None:
-        dk = tl.where(is_key[:, None], dk, 0.0)
-        dv = tl.where(is_key[:, None], dv, 0.0)
-    _store(dqkv_ptr + heads * HEAD_DIM, row, keys, dk, keys < seq_len, HEAD_DIM, BLOCK_D)
-    _store(dqkv_ptr + 2 * heads * HEAD_DIM, row, keys, dv, keys < seq_len, HEAD_DIM, BLOCK_D)
+    lse_ptr += token * heads + head
+    dropout = (seed, threshold, kept_scale, token, head)
+    args = (q, k, v, grad, lse_ptr, heads, dqkv_ptr, mask_ptr, first_key, seq_len, scale, dropout)
+    if rows_ptr is None:
+        _walk_queries(*args, None, num_rows, HEAD_DIM, BLOCK_D, BLOCK, INNER)
+    elif seq_len <= BLOCK:  # a short sequence among longer ones
+        _walk_queries(*args, None, num_rows, HEAD_DIM, BLOCK_D, BLOCK, INNER)
+    else:
+        rows_ptr += head * 2 * num_rows + token
+        _walk_queries(*args, rows_ptr, num_rows, HEAD_DIM, BLOCK_D, BLOCK, INNER)
+
+
+#: By head_dim padded to a power of two, at least 64: INNER, warps, and pipeline stages of both kernels, for tiles of
+#: attention's BLOCK_M rows. What the registers hold without spills, dropout included, and 99 KiB of shared memory
+#: where products are of a warp; where they are of four at once, 227 KiB, and 64 rows at once, as fewer would wait for
+#: shared memory.
+_SIZES = {
+    False: {
+        64: {"keys": (32, 8, 2), "queries": (32, 8, 2)},
+        128: {"keys": (16, 8, 1), "queries": (32, 8, 1)},
+        256: {"keys": (16, 8, 1), "queries": (16, 8, 1)},
+    },
+    True: {
+        64: {"keys": (64, 8, 3), "queries": (64, 8, 3)},
+        128: {"keys": (32, 8, 2), "queries": (64, 8, 2)},
+        256: {"keys": (16, 16, 1), "queries": (32, 8, 2)},
+    },
+}
+
+#: The same where one tile holds any sequence, by its keys and head_dim.
+_WHOLE_SIZES = {
+    False: {(64, 64): (32, 4, 1), (128, 64): (32, 8, 1), (64, 128): (32, 8, 1)},
+    True: {(64, 64): (64, 4, 1), (128, 64): (64, 8, 2), (64, 128): (32, 8, 1)},
+}
+
+
+@functools.cache
+def has_warpgroup_products(device: torch.device) -> bool:
+    """Whether four warps multiply together there: Hopper and the Blackwells of data centres, not those of desktops."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10, 11)
 
 
 def config(q: Tensor, max_seqlen: int) -> dict[str, dict[str, int]]:
-    """Launch options of both kernels for q (..., head_dim): BLOCK rows of a tile, INNER ones at once of those it meets.
+    """Launch options of both kernels for q (..., head_dim): tiles of BLOCK rows, that meet INNER others at once.
 
-    "queries" is absent where one tile holds every sequence. Tiles have the rows of `attention`'s, for the schedule's sake.
+    There is no "queries" where one tile holds any sequence; else BLOCK is that of `attention`, as the schedule is.
     """
     forward = attention.config(q, max_seqlen)
     block, block_d = forward["BLOCK_M"], forward["BLOCK_D"]
     if q.dtype == torch.float32 or not attention.has_matrix_units(q.device):
-        sizes = {"keys": (block, 16, 8, 1), "queries": (block, 16, 8, 1)}
-    elif max_seqlen <= 64 and block_d <= 64:
-        sizes = {"keys": (64, 64, 4, 1)}
-    elif max_seqlen <= 128 and block_d <= 64:
-        sizes = {"keys": (128, 64, 8, 1)}
-    elif block_d <= 64:
-        sizes = {"keys": (128, 64, 8, 2), "queries": (128, 64, 8, 2)}
+        sizes = {kernel: (block, 16, 8, 1) for kernel in ("keys", "queries")}
     else:
-        sizes = {"keys": (block, 32, 8, 1), "queries": (block, 32, 8, 1)}
+        wide, channels, keys = has_warpgroup_products(q.device), max(64, block_d), 64 if max_seqlen <= 64 else 128
+        sizes = {kernel: (block, *values) for kernel, values in _SIZES[wide][channels].items()}
+        if max_seqlen <= keys and (keys, channels) in _WHOLE_SIZES[wide]:
+            sizes = {"keys": (keys, *_WHOLE_SIZES[wide][keys, channels])}
     names = ("BLOCK", "INNER", "num_warps", "num_stages")
     return {kernel: {"BLOCK_D": block_d, **dict(zip(names, values, strict=True))} for kernel, values in sizes.items()}
 
@@ -329,23 +392,38 @@ def attention_backward(
     rows = lse.new_empty((heads, 2, num_rows)) if "queries" in sizes else None
     cu_seqlens = cu_seqlens.contiguous() if ragged else None
     attention_mask = None if attention_mask is None else attention_mask.contiguous()
-    tensors = (q, k, v, grad, out, lse.contiguous(), rows, dqkv, cu_seqlens, schedule, attention_mask)
+    tensors = (lse.contiguous(), rows, dqkv, cu_seqlens, schedule, attention_mask)
     numbers = (num_tiles, max_seqlen, heads, scale, seed_number, threshold, kept_scale)
     strides = [t.stride() if not ragged else (0, *t.stride()) for t in (q, k, v, grad, out)]
     with torch.cuda.device_of(q):
         if "queries" in sizes:
             _queries_kernel[(tiles * heads,)](
-                *tensors, num_tokens, num_rows, *numbers, *strides, HEAD_DIM=head_dim, **sizes["queries"]
+                q,
+                k,
+                v,
+                grad,
+                out,
+                *tensors,
+                num_tokens,
+                num_rows,
+                *numbers,
+                *strides,
+                HEAD_DIM=head_dim,
+                **sizes["queries"],
             )
         programs = tiles * heads + (_CLEARING if ragged else 0)
         _keys_kernel[(programs,)](
+            q,
+            k,
+            v,
+            grad,
             *tensors,
             batch_size,
             num_tokens,
             num_rows,
             tiles,
             *numbers,
-            *strides,
+            *strides[:4],
             HEAD_DIM=head_dim,
             CLEARING=_CLEARING,
             **sizes["keys"],

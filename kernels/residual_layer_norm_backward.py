@@ -76,7 +76,9 @@ def _layer_norm_backward_kernel(
             g = grads[start // BLOCK_N] * load_vector(weight_ptr, channels, rows, HIDDEN_SIZE)
             dhidden = (g - mean_g - normalized[start // BLOCK_N] * mean_gn) * rstd
             tl.store(dhidden_ptr + rows * HIDDEN_SIZE + channels, dhidden, mask=inside)
-            dweight = dweight + (dweight_before[start // BLOCK_N] + grads[start // BLOCK_N] * normalized[start // BLOCK_N],)
+            dweight = dweight + (
+                dweight_before[start // BLOCK_N] + grads[start // BLOCK_N] * normalized[start // BLOCK_N],
+            )
             dlayer_norm_bias = dlayer_norm_bias + (dlayer_norm_bias_before[start // BLOCK_N] + grads[start // BLOCK_N],)
             if not DROPS_RESULT:
                 dx = dropped_out(dhidden, rows, channels, seed, threshold, scale)
@@ -91,9 +93,17 @@ def _layer_norm_backward_kernel(
         channels = start + block
         inside = channels < HIDDEN_SIZE
         tl.store(sums_ptr + channels, tl.sum(dweight[start // BLOCK_N], axis=0, keep_dims=True), mask=inside)
-        tl.store(sums_ptr + HIDDEN_SIZE + channels, tl.sum(dlayer_norm_bias[start // BLOCK_N], axis=0, keep_dims=True), mask=inside)
+        tl.store(
+            sums_ptr + HIDDEN_SIZE + channels,
+            tl.sum(dlayer_norm_bias[start // BLOCK_N], axis=0, keep_dims=True),
+            mask=inside,
+        )
         if not DROPS_RESULT:
-            tl.store(sums_ptr + 2 * HIDDEN_SIZE + channels, tl.sum(dbias[start // BLOCK_N], axis=0, keep_dims=True), mask=inside)
+            tl.store(
+                sums_ptr + 2 * HIDDEN_SIZE + channels,
+                tl.sum(dbias[start // BLOCK_N], axis=0, keep_dims=True),
+                mask=inside,
+            )
 
 
 def layer_norm_backward(

@@ -61,9 +61,28 @@ def _exist(rows, seq_len, mask_ptr):
 
 
 @triton.jit
-def _scale_of_gradients(scale, seq_len):
-    """`scale`, but 0 for one key: its probability is 1 whatever its score, and only errors would be scaled."""
-    return tl.where(seq_len > 1, scale, 0.0)
+def _gradient_scale(scale, seq_len, mask_ptr):
+    """`scale`, but 0 for a single key: its probability is 1 whatever its score, and only errors would be scaled."""
+    seen = seq_len
+    if mask_ptr is not None:
+        seen = 0
+        for first in range(0, seq_len, 128):
+            seen += tl.sum(_exist(first + tl.arange(0, 128), seq_len, mask_ptr).to(tl.int32))
+    return tl.where(seen > 1, scale, 0.0)
+
+
+@triton.jit
+def _exponents(scores, lse, scale, dtype: tl.constexpr):
+    """Of 2, of the probabilities. `lse` is as `_log_sums` gives it, with the scores' axis."""
+    base_2 = dtype != tl.float32
+    exponents = tl.fma(scores, scale * LOG2_E if base_2 else scale, -lse)
+    return exponents if base_2 else exponents * LOG2_E
+
+
+@triton.jit
+def _log_sums(lse, dtype: tl.constexpr):
+    """For `_exponents`: in the base that saves a multiplication of each score, or in that which keeps float32 exact."""
+    return lse if dtype == tl.float32 else lse * LOG2_E
 
 
 @triton.jit
@@ -109,7 +128,9 @@ def _queries_kernel(
     batch, start, token, seq_len, first_query = place(
         cu_seqlens_ptr, schedule_ptr, tl.program_id(0) // heads, num_tokens, num_tiles, max_seqlen, BLOCK
     )
-    if seq_len <= BLOCK or first_query >= seq_len:  # the other kernel makes all of a sequence that its tile holds
+    if first_query >= seq_len:
+        return
+    if q_ptr.dtype.element_ty == tl.float32 and seq_len <= BLOCK:  # the other kernel makes all of it
         return
     if mask_ptr is not None:
         mask_ptr += batch * num_tokens
@@ -119,7 +140,8 @@ def _queries_kernel(
     grad = _load(_sequence(grad_ptr, grad_strides, batch, start, head), queries, is_query, HEAD_DIM, BLOCK_D)
     out = _load(_sequence(out_ptr, out_strides, batch, start, head), queries, is_query, HEAD_DIM, BLOCK_D)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
-    lse = tl.load(lse_ptr + (token + queries) * heads + head, mask=is_query, other=0.0) * LOG2_E
+    lse = tl.load(lse_ptr + (token + queries) * heads + head, mask=is_query, other=0.0)
+    lse = _log_sums(lse, q.dtype)
     rows_ptr += head * 2 * num_rows + token
     tl.store(rows_ptr + queries, lse, mask=queries < seq_len)
     tl.store(rows_ptr + num_rows + queries, delta, mask=queries < seq_len)
@@ -133,7 +155,7 @@ def _queries_kernel(
         v_tile = _load(v, keys, is_key, HEAD_DIM, BLOCK_D)
         scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
         dkept = tl.dot(grad, tl.trans(v_tile), input_precision="ieee")
-        exponents = tl.fma(scores, scale * LOG2_E, -lse[:, None])
+        exponents = _exponents(scores, lse[:, None], scale, q.dtype)
         if mask_ptr is not None or first_key + INNER > seq_len:
             exponents = tl.where(is_key[None, :], exponents, float("-inf"))
         keep = None
@@ -141,7 +163,7 @@ def _queries_kernel(
             keep = kept(seed, threshold, (token + queries)[:, None], first_key, head, INNER)
         dscores = tl.exp2(exponents) * (_kept_gradient(dkept, keep, kept_scale) - delta[:, None])
         dq = tl.dot(dscores.to(q.dtype), k_tile, dq, input_precision="ieee")
-    dq *= scale
+    dq *= _gradient_scale(scale, seq_len, mask_ptr)
     if mask_ptr is not None:
         dq = tl.where(is_query[:, None], dq, 0.0)
     row = 3 * heads * HEAD_DIM
@@ -154,6 +176,7 @@ def _walk_queries(
     k,
     v,
     grad,
+    out,
     lse_ptr,
     heads,
     dqkv_ptr,
@@ -171,13 +194,15 @@ def _walk_queries(
 ):
     """dk and dv of a tile of keys. Without rows_ptr the tile holds all keys of its sequence, and dq is made too.
 
-    Then delta is the sum over keys of P * dP. As P and dP are those that it is subtracted from, so are their errors.
+    In float32 such a tile also sums P, and P * dP for delta: with the errors of the dP that it is subtracted from, which
+    matters where a probability is nearly 1. 16 bits have larger errors, and take delta from `out`, with fewer registers.
     """
     seed, threshold, kept_scale, token, head = dropout
     width = heads * HEAD_DIM
     keys, block = first_key + tl.arange(0, BLOCK), tl.arange(0, INNER)
     is_key = _exist(keys, seq_len, mask_ptr)
     k, v = _load(k, keys, is_key, HEAD_DIM, BLOCK_D), _load(v, keys, is_key, HEAD_DIM, BLOCK_D)
+    gradient_scale = _gradient_scale(scale, seq_len, mask_ptr)
     dk = tl.zeros(k.shape, tl.float32)
     dv = tl.zeros(k.shape, tl.float32)
     for first_query in range(0, tl.maximum(seq_len, 1), INNER):
@@ -186,33 +211,39 @@ def _walk_queries(
         q_tile = _load(q, queries, is_query, HEAD_DIM, BLOCK_D)
         grad_tile = _load(grad, queries, is_query, HEAD_DIM, BLOCK_D)
         if rows_ptr is None:
-            lse = tl.load(lse_ptr + queries.to(tl.int64) * heads, mask=is_query, other=0.0) * LOG2_E
+            lse = tl.load(lse_ptr + queries.to(tl.int64) * heads, mask=is_query, other=0.0)
+            lse = _log_sums(lse, k.dtype)
         else:
             lse = tl.load(rows_ptr + queries, mask=is_query, other=0.0)
         scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
         dkept = tl.dot(v, tl.trans(grad_tile), input_precision="ieee")
-        exponents = tl.fma(scores, scale * LOG2_E, -lse[None, :])
+        exponents = _exponents(scores, lse[None, :], scale, k.dtype)
         if rows_ptr is None and (mask_ptr is not None or seq_len < BLOCK):
             exponents = tl.where(is_key[:, None], exponents, float("-inf"))
         probabilities = tl.exp2(exponents)
+        if rows_ptr is None and k.dtype == tl.float32:
+            probabilities *= (1.0 / tl.sum(probabilities, axis=0))[None, :]
         keep, weights = None, probabilities
         if threshold is not None:
             keep = tl.trans(kept(seed, threshold, (token + queries)[:, None], first_key, head, BLOCK))
             weights = tl.where(keep, probabilities, 0.0)
         dprobabilities = _kept_gradient(dkept, keep, kept_scale)
-        if rows_ptr is None:
-            delta = tl.sum(probabilities * dprobabilities, axis=0) / tl.sum(probabilities, axis=0)
+        if rows_ptr is None and k.dtype == tl.float32:
+            delta = tl.sum(probabilities * dprobabilities, axis=0)
+        elif rows_ptr is None:
+            out_tile = _load(out, queries, is_query, HEAD_DIM, BLOCK_D)
+            delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
         else:
             delta = tl.load(rows_ptr + num_rows + queries, mask=is_query, other=0.0)
         dv = tl.dot(weights.to(v.dtype), grad_tile, dv, input_precision="ieee")
         dscores = (probabilities * (dprobabilities - delta[None, :])).to(k.dtype)
         dk = tl.dot(dscores, q_tile, dk, input_precision="ieee")
         if rows_ptr is None:
-            dq = tl.dot(tl.trans(dscores), k, input_precision="ieee") * _scale_of_gradients(scale, seq_len)
+            dq = tl.dot(tl.trans(dscores), k, input_precision="ieee") * gradient_scale
             if mask_ptr is not None:
                 dq = tl.where(is_query[:, None], dq, 0.0)
             _store(dqkv_ptr, 3 * width, queries, dq, queries < seq_len, HEAD_DIM, BLOCK_D)
-    dk *= _scale_of_gradients(scale, seq_len)
+    dk *= gradient_scale
     if threshold is not None:
         dv *= kept_scale
     if mask_ptr is not None:
@@ -240,6 +271,7 @@ def _keys_kernel(
     k_ptr,
     v_ptr,
     grad_ptr,
+    out_ptr,
     lse_ptr,
     rows_ptr,
     dqkv_ptr,
@@ -261,6 +293,7 @@ def _keys_kernel(
     k_strides,
     v_strides,
     grad_strides,
+    out_strides,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -283,13 +316,12 @@ def _keys_kernel(
         mask_ptr += batch * num_tokens
     q, grad = _sequence(q_ptr, q_strides, batch, start, head), _sequence(grad_ptr, grad_strides, batch, start, head)
     k, v = _sequence(k_ptr, k_strides, batch, start, head), _sequence(v_ptr, v_strides, batch, start, head)
+    out = _sequence(out_ptr, out_strides, batch, start, head)
     dqkv_ptr += token * row + head * HEAD_DIM
     lse_ptr += token * heads + head
     dropout = (seed, threshold, kept_scale, token, head)
-    args = (q, k, v, grad, lse_ptr, heads, dqkv_ptr, mask_ptr, first_key, seq_len, scale, dropout)
-    if rows_ptr is None:
-        _walk_queries(*args, None, num_rows, HEAD_DIM, BLOCK_D, BLOCK, INNER)
-    elif seq_len <= BLOCK:  # a short sequence among longer ones
+    args = (q, k, v, grad, out, lse_ptr, heads, dqkv_ptr, mask_ptr, first_key, seq_len, scale, dropout)
+    if rows_ptr is None or (q_ptr.dtype.element_ty == tl.float32 and seq_len <= BLOCK):
         _walk_queries(*args, None, num_rows, HEAD_DIM, BLOCK_D, BLOCK, INNER)
     else:
         rows_ptr += head * 2 * num_rows + token
@@ -392,17 +424,12 @@ def attention_backward(
     rows = lse.new_empty((heads, 2, num_rows)) if "queries" in sizes else None
     cu_seqlens = cu_seqlens.contiguous() if ragged else None
     attention_mask = None if attention_mask is None else attention_mask.contiguous()
-    tensors = (lse.contiguous(), rows, dqkv, cu_seqlens, schedule, attention_mask)
+    tensors = (q, k, v, grad, out, lse.contiguous(), rows, dqkv, cu_seqlens, schedule, attention_mask)
     numbers = (num_tiles, max_seqlen, heads, scale, seed_number, threshold, kept_scale)
     strides = [t.stride() if not ragged else (0, *t.stride()) for t in (q, k, v, grad, out)]
     with torch.cuda.device_of(q):
         if "queries" in sizes:
             _queries_kernel[(tiles * heads,)](
-                q,
-                k,
-                v,
-                grad,
-                out,
                 *tensors,
                 num_tokens,
                 num_rows,
@@ -413,17 +440,13 @@ def attention_backward(
             )
         programs = tiles * heads + (_CLEARING if ragged else 0)
         _keys_kernel[(programs,)](
-            q,
-            k,
-            v,
-            grad,
             *tensors,
             batch_size,
             num_tokens,
             num_rows,
             tiles,
             *numbers,
-            *strides[:4],
+            *strides,
             HEAD_DIM=head_dim,
             CLEARING=_CLEARING,
             **sizes["keys"],

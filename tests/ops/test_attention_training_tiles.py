@@ -22,11 +22,11 @@ SEED = torch.tensor(2**62 + 12345)
 LENGTHS = {64: [64, 0, 5], 128: [70, 3, 33], 150: [2, 150, 70]}
 
 
-@pytest.fixture(params=["element by element", "by a warp", "by four warps"])
+@pytest.fixture(params=["a warp", "four warps"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The tiles of each kind of GPU, by what multiplies there."""
-    monkeypatch.setattr(forward, "has_matrix_units", lambda device: request.param != "element by element")
-    monkeypatch.setattr(backward, "has_warpgroup_products", lambda device: request.param == "by four warps")
+    """The tiles of each kind of GPU with matrix units, by what multiplies there."""
+    monkeypatch.setattr(forward, "has_matrix_units", lambda device: True)
+    monkeypatch.setattr(backward, "has_warpgroup_products", lambda device: request.param == "four warps")
     kind: str = request.param
     return kind
 

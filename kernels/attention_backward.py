@@ -92,7 +92,7 @@ def _kept_gradient(dkept, keep, kept_scale):
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_tiles", "max_seqlen", "seed", "threshold"])
-def _queries_kernel(
+def _attention_backward_queries_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -266,7 +266,7 @@ def _clear(dqkv_ptr, end_ptr, num_tokens, row, program, CLEARING: tl.constexpr):
 @triton.jit(
     do_not_specialize=["batch_size", "num_tokens", "num_rows", "tiles", "num_tiles", "max_seqlen", "seed", "threshold"]
 )
-def _keys_kernel(
+def _attention_backward_keys_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -429,7 +429,7 @@ def attention_backward(
     strides = [t.stride() if not ragged else (0, *t.stride()) for t in (q, k, v, grad, out)]
     with torch.cuda.device_of(q):
         if "queries" in sizes:
-            _queries_kernel[(tiles * heads,)](
+            _attention_backward_queries_kernel[(tiles * heads,)](
                 *tensors,
                 num_tokens,
                 num_rows,
@@ -439,7 +439,7 @@ def attention_backward(
                 **sizes["queries"],
             )
         programs = tiles * heads + (_CLEARING if ragged else 0)
-        _keys_kernel[(programs,)](
+        _attention_backward_keys_kernel[(programs,)](
             *tensors,
             batch_size,
             num_tokens,

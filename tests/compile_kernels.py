@@ -40,7 +40,9 @@ KEPT = Path(__file__).parent.parent / "benchmarks" / "results" / "compile.json"
 
 #: Arguments that differ from call to call: of a kernel compiled for their values there would be several.
 VARYING = {"num_rows", "num_tokens", "num_places", "num_tiles", "batch_size", "padded_batch_size", "capacity"}
-VARYING |= {"seq_len", "max_seqlen", "size"}
+VARYING |= {"seq_len", "max_seqlen", "size", "tiles", "seed", "threshold"}
+
+SEED = 2**62 + 1
 
 NUM_TOKENS, NUM_ROWS, MODES = 512, 8192, ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean")
 
@@ -115,6 +117,17 @@ def attention(dtype: torch.dtype, form: str, head_dim: int, seq_len: int) -> lis
         tiles = size(len(cu_seqlens) - 1, NUM_TOKENS, seq_len, block_m)
         schedule = torch.zeros(3, tiles, dtype=torch.int32)
     return [*qkv, cu_seqlens, seq_len, None, *last, bias, schedule]
+
+
+def attention_train(dtype: torch.dtype, form: str, head_dim: int, seq_len: int) -> list[Any]:
+    *arguments, _, bias, schedule = attention(dtype, form, head_dim, seq_len)
+    return [*arguments, 0.1, bias, schedule, torch.tensor(SEED)]
+
+
+def attention_backward(dtype: torch.dtype, form: str, head_dim: int, seq_len: int, dropout_p: float) -> list[Any]:
+    q, *arguments, _, bias, schedule = attention(dtype, form, head_dim, seq_len)
+    out, lse, seed = torch.empty_like(q), torch.empty(q.shape[:-1]), torch.tensor(SEED) if dropout_p else None
+    return [out, q, *arguments[:2], out, lse, *arguments[2:], dropout_p, bias, schedule, seed]
 
 
 def attention_schedule(dtype: torch.dtype, block_m: int) -> list[Any]:
@@ -219,6 +232,7 @@ def cases_by_gpu(compute_capability: int, sweep: bool) -> Iterator[tuple[Any, ..
 LAUNCHERS = {
     "linear_gelu": ("linear_gelu", "by_epilogue"),
     "quantize_rows": ("quantize", "quantize_rows"),
+    "attention_train": ("attention", "attention_train"),
     **{op: ("packing", op) for op in ("inspect", "pack", "unpack")},
 }
 
@@ -259,6 +273,8 @@ def compile_cases(compute_capability: int, sweep: bool) -> Iterator[dict[str, An
     driver.set_active(AbsentGpu(compute_capability))
     # CPU tensors stand in for those of the absent GPU.
     importlib.import_module("bert_fast.kernels.attention").has_matrix_units = lambda device: compute_capability >= 80
+    backward = importlib.import_module("bert_fast.kernels.attention_backward")
+    backward.has_warpgroup_products = lambda device: compute_capability in (90, 100)
 
     dtypes = [torch.float16, torch.float32] + [torch.bfloat16] * (compute_capability >= 80 and not sweep)
     compiled: list[Any] = []

@@ -168,3 +168,11 @@ def attention_backward(
     The arguments are those of `attention_train`, what it returned, and the gradient of `out`. A head of a sequence is
     one thread's work, so a single long sequence with few heads leaves threads idle.
     """
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias."""
+
+def dense_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool, need_dbias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias) of dense, None where not needed."""

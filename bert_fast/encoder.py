@@ -168,7 +168,11 @@ def _linear(name: str, rows: Tensor, weight: Tensor, bias: Tensor | None, buffer
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """rows @ weight.T + bias, differentiable, in the dtype that autocast asks for."""
-    return F.linear(rows, weight, bias)
+    if rows.device.type != "cpu":
+        return F.linear(rows, weight, bias)  # autocast keeps the weights that it has rounded
+    if torch.is_autocast_enabled("cpu"):
+        rows = rows.to(torch.get_autocast_dtype("cpu"))
+    return ops.dense(rows, weight, bias)
 
 
 class _Split(torch.autograd.Function):

@@ -38,8 +38,8 @@ def gelu(t, TANH: tl.constexpr, ROUNDED: tl.constexpr):
         # 0.5 t (1 + tanh(u)) = t / (1 + 2^(-2 log2(e) u)), u = sqrt(2 / pi) (t + 0.044715 t^3)
         return t / (1.0 + tl.exp2(-2.302208198144325 * (t + 0.044715 * t * t * t)))
     elif ROUNDED:
-        # t Phi(t) = max(t, 0) - |t| Phi(-|t|). The error is at most 1.2e-7, and relative to the result below zero 6e-5 to
-        # -4 and 1e-3 to -6.
+        # t Phi(t) = max(t, 0) - |t| Phi(-|t|). The error is at most 1.2e-7, and relative to the result below zero 6e-5
+        # to -4 and 1e-3 to -6.
         return tl.maximum(t, 0.0, propagate_nan=tl.PropagateNan.ALL) - tl.minimum(tl.abs(t), 6.0) * normal_tail(t)
     else:
         return t * (0.5 + 0.5 * tl.erf(t * 0.7071067811865476))  # t / sqrt(2)

@@ -20,7 +20,7 @@ _BLOCK_M = 4  # rows of a tile; a thread has 8 features of each
 def gelu_derivative(t, TANH: tl.constexpr, ROUNDED: tl.constexpr):
     """The derivative of gelu at float32 t, in float32; `ROUNDED` as of `gelu`."""
     if TANH:
-        # gelu = t s, s = 1 / (1 + e), e = 2^(-2 log2(e) u), u = sqrt(2 / pi) (t + 0.044715 t^3); so s + t s (1 - s) 2 u'
+        # t s with s = 1 / (1 + e), e = exp(-2 u), u = sqrt(2 / pi) (t + 0.044715 t^3): s + t s (1 - s) 2 u'
         square = t * t
         e = tl.exp2(-2.302208198144325 * t * (1.0 + 0.044715 * square))
         s = 1.0 / (1.0 + e)

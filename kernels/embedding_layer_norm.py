@@ -270,7 +270,7 @@ def embedding_layer_norm_train(
         dropout_p, seed: as of `dropout_arguments`.
 
     Returns:
-        out, normalized: contiguous (..., hidden_size) in the tables' dtype; normalized is before gain, bias and dropout.
+        out, normalized: contiguous (..., hidden_size), the tables' dtype; normalized is before gain, bias and dropout.
         rstd: (rows,) float32, one over the standard deviation of each row.
     """
     hidden_size, num_rows = word_embeddings.shape[1], input_ids.numel()

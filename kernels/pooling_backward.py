@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bert_fast.kernels.pooling import CLS, MAX, MEAN_SQRT_LEN, MODES, WEIGHTED_MEAN
+from bert_fast.kernels.pooling import CLS, MAX, MEAN, MEAN_SQRT_LEN, MODES, WEIGHTED_MEAN
 
 
 @triton.jit(do_not_specialize=["batch_size", "num_tokens"])
@@ -33,12 +33,12 @@ def _pooling_backward_kernel(
     in_channels = channels < hidden_size
     # Clamped, so that offsets past the tokens reach nothing that is not there.
     start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0), num_tokens)
-    end = tl.load(cu_seqlens_ptr + sequence + 1, mask=in_batch, other=num_tokens)
+    end = tl.where(in_batch, tl.load(cu_seqlens_ptr + tl.minimum(sequence + 1, batch_size)), num_tokens)
     end = tl.minimum(tl.maximum(end, start), num_tokens)
     seq_len = end - start
 
     grad_at = grad_ptr + sequence * stride_sequence + channels * stride_grad
-    share = tl.load(grad_at, mask=in_batch & in_channels, other=0.0).to(tl.float32)
+    share = tl.load(grad_at, mask=channels < tl.where(in_batch, hidden_size, 0), other=0.0).to(tl.float32)
     x_at = hidden_ptr + start.to(tl.int64) * stride_token + channels * stride_channel
     n = tl.maximum(seq_len, 1).to(tl.float32)
     if MODE == MAX:
@@ -72,7 +72,8 @@ def _pooling_backward_kernel(
             dhidden = tl.where(tokens == 0, share, 0.0)
         elif MODE == MAX:
             # 0 / 0 where the sequence has NaN, which nothing is equal to
-            x = tl.load(x_at + tokens.to(tl.int64) * stride_token, mask=inside & in_batch, other=0.0).to(tl.float32)
+            in_sequence = (tokens < num_read) & in_channels
+            x = tl.load(x_at + tokens.to(tl.int64) * stride_token, mask=in_sequence, other=0.0).to(tl.float32)
             dhidden = tl.div_rn(share * (x == largest).to(tl.float32), tl.broadcast_to(divisor, (BLOCK_T, BLOCK_C)))
         elif MODE == WEIGHTED_MEAN:
             dhidden = share * (tokens + 1)

@@ -84,7 +84,7 @@ def _layer_norm_backward_kernel(
                 dx = dropped_out(dhidden, rows, channels, seed, threshold, scale)
                 if dx_ptr is not None:
                     tl.store(dx_ptr + rows * HIDDEN_SIZE + channels, dx, mask=inside)
-                dbias = dbias + (dbias_before[start // BLOCK_N] + tl.where(inside, dx, 0.0),)
+                dbias = dbias + (dbias_before[start // BLOCK_N] + dx,)
             else:
                 dbias = dbias + (dbias_before[start // BLOCK_N],)
 

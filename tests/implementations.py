@@ -36,7 +36,7 @@ class Implementation:
     isa: str | None = None
 
     def __call__(self, op: str, *args: Any, **options: Any) -> Any:
-        """Run the op's launcher. In Triton `<op>_train` is in the file of `op`, and `<op>_backward` in one of its own."""
+        """Run the op's launcher. In Triton `<op>_train` is in the file of `op`, `<op>_backward` in one of its own."""
         file = op.removesuffix("_train").rstrip("_")
         module = f"bert_fast.kernels.{file}" if self.name == "triton" else "bert_fast._C"
         return getattr(importlib.import_module(module), op)(*args, **options)

@@ -16,6 +16,7 @@ from bert_fast.ops._dropout import draw_seeds
 from bert_fast.ops.attention import attention, attention_schedule
 from bert_fast.ops.attention_probabilities import attention_probabilities
 from bert_fast.ops.bias_gelu import bias_gelu
+from bert_fast.ops.dense import dense
 from bert_fast.ops.embedding_layer_norm import embedding_layer_norm
 from bert_fast.ops.linear import PackedWeight, linear
 from bert_fast.ops.linear_gelu import linear_gelu
@@ -34,6 +35,7 @@ __all__ = [
     "attention_probabilities",
     "attention_schedule",
     "bias_gelu",
+    "dense",
     "draw_seeds",
     "embedding_layer_norm",
     "extension",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bert_fast.ops import _check
 from bert_fast.ops._autograd import Gradient
-from bert_fast.ops._dispatch import Impl, Op, Traits
+from bert_fast.ops._dispatch import Impl, Op, Traits, extension
 from bert_fast.ops._dropout import draw_seeds, dropout
 
 _SHAPES = "(batch_size, seq_len, heads, head_dim), or (num_tokens, heads, head_dim) with cu_seqlens"
@@ -202,7 +202,15 @@ OP = Op(
     check=check,
     impls=(
         Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton, _triton_limits),
-        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, _cpp_limits, validates=True),
+        Impl(
+            "cpp",
+            "cpu",
+            (torch.float32, torch.bfloat16),
+            _load_cpp,
+            _cpp_limits,
+            validates=True,
+            load_training=extension,
+        ),
     ),
     traits=lambda *args: Traits(head_dim=args[0].shape[-1], dropout=args[7] > 0, bias=args[8] is not None),
     gradient=Gradient(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bert_fast.ops import _check
 from bert_fast.ops._autograd import Gradient
-from bert_fast.ops._dispatch import Impl, Op
+from bert_fast.ops._dispatch import Impl, Op, extension
 
 APPROXIMATIONS = ("none", "tanh")
 
@@ -65,7 +65,7 @@ OP = Op(
     check=check,
     impls=(
         Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton),
-        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True),
+        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True, load_training=extension),
     ),
     gradient=Gradient(_forward, _backward, reads=(0, 1)),
 )

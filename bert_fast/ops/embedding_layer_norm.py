@@ -12,7 +12,7 @@ from torch import Tensor
 from bert_fast.checks import ids_in_range
 from bert_fast.ops import _check
 from bert_fast.ops._autograd import Gradient
-from bert_fast.ops._dispatch import Impl, Op, Traits
+from bert_fast.ops._dispatch import Impl, Op, Traits, extension
 from bert_fast.ops._dropout import draw_seeds, dropout
 
 
@@ -146,7 +146,7 @@ OP = Op(
     check=check,
     impls=(
         Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton),
-        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True),
+        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True, load_training=extension),
     ),
     lead=3,
     traits=lambda *args: Traits(dropout=args[9] > 0),

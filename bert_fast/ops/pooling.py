@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bert_fast.ops import _check
 from bert_fast.ops._autograd import Gradient
-from bert_fast.ops._dispatch import Impl, Op
+from bert_fast.ops._dispatch import Impl, Op, extension
 
 #: The names that sentence-transformers gives the modes in its `pooling_mode`.
 MODES = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean")
@@ -86,7 +86,7 @@ OP = Op(
     check=check,
     impls=(
         Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton),
-        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True),
+        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True, load_training=extension),
     ),
     gradient=Gradient(_forward, _backward, reads=(0, 1)),
 )

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <atomic>
 #include <memory>
 #include <new>
 #include <optional>
@@ -156,6 +157,15 @@ inline void parallel_rows(int64_t rows, int64_t elements_per_row, const F& f) {
                               std::max<int64_t>(1, ELEMENTS_PER_THREAD / std::max<int64_t>(1, elements_per_row)), f);
 }
 
+// task(i) for every i < count, each on whichever of `workers` threads is free.
+template <class Task>
+inline void run_tasks(int64_t count, int64_t workers, const Task& task) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(count, workers), 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) task(i);
+  });
+}
+
 // f with a value of the type that the tensor holds: float or bfloat16.
 template <class F>
 inline void with_element_type(const Tensor& tensor, const F& f) {
@@ -199,6 +209,8 @@ void bind_training(pybind11::module_& module);
 void bind_layer_norm_training(pybind11::module_& module);
 // Adds attention's forward for training and its backward.
 void bind_attention_training(pybind11::module_& module);
+// Adds the matrix products of training.
+void bind_dense(pybind11::module_& module);
 
 // Adds the op linear and the packing of its weights to the module.
 void bind_linear(pybind11::module_& module);

@@ -10,6 +10,7 @@
 #include "layer_norm_train.h"
 #include "attention_backward.h"
 #include "attention_train.h"
+#include "dense.h"
 #include "philox.h"
 #include "pooling_backward.h"
 
@@ -37,6 +38,8 @@ constexpr TrainingTable training_kernels{
     residual_training<bfloat16, float>,
     {attention_train<float>, attention_backward<float>},
     {attention_train<bfloat16>, attention_backward<bfloat16>},
+    {dense<Fp32>, dense<Bf16>},
+    {dense_sums<Fp32>, dense_sums<Bf16>},
 };
 
 }  // namespace bert_fast::BERT_FAST_ISA

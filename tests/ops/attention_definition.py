@@ -77,9 +77,7 @@ def assert_attention_train(
 
     plain, truth = run(grad, q, k, v), run(*map(to_double, (grad, q, k, v)))
     _, lse = attention_train(q.float(), k.float(), v.float(), sequences)
-    for name, f, p, t in zip(
-        ("out", "lse", "dq", "dk", "dv"), fast, (plain[0], lse, *plain[2:]), truth, strict=True
-    ):
+    for name, f, p, t in zip(("out", "lse", "dq", "dk", "dv"), fast, (plain[0], lse, *plain[2:]), truth, strict=True):
         if name == "lse":
             f, p, t = f.flatten(), p.flatten(), t.flatten()
         assert_no_worse(f, p, t, name)

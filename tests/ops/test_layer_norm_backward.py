@@ -222,9 +222,7 @@ EMBEDDING_SHAPES = {
     [pytest.param(0.1, *shape, id=name) for name, shape in EMBEDDING_SHAPES.items()]
     + [(0.0, (3,), 5), (1.0, (3,), 5), (0.0, (2, 8), 768)],
 )
-def test_embedding(
-    implementation: Implementation, dropout_p: float, shape: tuple[int, ...], hidden_size: int
-) -> None:
+def test_embedding(implementation: Implementation, dropout_p: float, shape: tuple[int, ...], hidden_size: int) -> None:
     ids, inputs = embedding_inputs(implementation, shape, hidden_size)
     grad = implementation.randn(*shape, hidden_size)
     definition = partial(embedding_definition, ids=ids, dropout_p=dropout_p)

@@ -148,6 +148,7 @@ def _attention_backward_queries_kernel(
 
     k, v = _sequence(k_ptr, k_strides, batch, start, head), _sequence(v_ptr, v_strides, batch, start, head)
     dq = tl.zeros(q.shape, tl.float32)
+    # A loop that may not run sets its sums once more, and then ptxas waits for every product (its warning C7515).
     for first_key in range(0, tl.maximum(seq_len, 1), INNER):
         keys = first_key + block
         is_key = _exist(keys, seq_len, mask_ptr)
@@ -205,7 +206,7 @@ def _walk_queries(
     gradient_scale = _gradient_scale(scale, seq_len, mask_ptr)
     dk = tl.zeros(k.shape, tl.float32)
     dv = tl.zeros(k.shape, tl.float32)
-    for first_query in range(0, tl.maximum(seq_len, 1), INNER):
+    for first_query in range(0, tl.maximum(seq_len, 1), INNER):  # runs at least once, as above
         queries = first_query + block
         is_query = _exist(queries, seq_len, mask_ptr)
         q_tile = _load(q, queries, is_query, HEAD_DIM, BLOCK_D)

@@ -331,6 +331,8 @@ def compile_cases(compute_capability: int, sweep: bool) -> Iterator[dict[str, An
     driver.set_active(AbsentGpu(compute_capability))
     # CPU tensors stand in for those of the absent GPU.
     importlib.import_module("bert_fast.kernels.attention").has_matrix_units = lambda device: compute_capability >= 80
+    backward = importlib.import_module("bert_fast.kernels.attention_backward")
+    backward.has_warpgroup_products = lambda device: compute_capability >= 90
 
     dtypes = [torch.float16, torch.float32] + [torch.bfloat16] * (compute_capability >= 80 and not sweep)
     compiled: list[Any] = []

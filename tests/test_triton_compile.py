@@ -104,6 +104,7 @@ def test_kernels_compile_as_meant(compute_capability: int) -> None:
     expected |= {"pooling", "residual_layer_norm", "inspect", "pack", "unpack"}
     expected |= {f"{op}_layer_norm_{way}" for op in ("residual", "embedding") for way in ("train", "backward")}
     expected |= {"bias_gelu_backward", "pooling_backward", "cross_entropy_", "sum_of_programs", "pieces", "tables"}
+    expected |= {"attention_train", "attention_backward", "attention_backward_keys"}
     expected |= {"linear_gelu"} if compute_capability >= 80 else set()
     expected |= {"quantize_rows"} if compute_capability >= 90 else set()
     assert {row["op"] for row in rows} == expected

@@ -308,8 +308,9 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def specialised(kernel: Any) -> list[str]:
     """Those of the `VARYING` arguments whose value, or that it is divisible by 16, a kernel was compiled for."""
-    names = kernel.src.fn.arg_names
-    return sorted({names[path[0]] for path in (*kernel.src.attrs, *kernel.src.constants)} & VARYING)
+    names, constants = kernel.src.fn.arg_names, kernel.src.constants
+    given = (path for path, value in constants.items() if value is not None)
+    return sorted({names[path[0]] for path in (*kernel.src.attrs, *given)} & VARYING)
 
 
 @contextmanager

@@ -349,7 +349,7 @@ _SIZES = {
 #: The same where one tile holds any sequence, by its keys and head_dim.
 _WHOLE_SIZES = {
     False: {(64, 64): (32, 4, 1), (128, 64): (32, 8, 1), (64, 128): (32, 8, 1)},
-    True: {(64, 64): (64, 4, 1), (128, 64): (64, 8, 2), (64, 128): (32, 8, 1)},
+    True: {(64, 64): (64, 4, 1), (128, 64): (64, 8, 2)},
 }
 
 

@@ -419,7 +419,8 @@ def attention_backward(
     tiles, num_tiles = grid(schedule, batch_size, num_tokens, max_seqlen, block)
     dqkv = q.new_empty((*q.shape[:-2], 3, heads, head_dim))
     if dqkv.numel() == 0 or tiles == 0:
-        return dqkv.zero_().unbind(-3)
+        dq, dk, dv = dqkv.zero_().unbind(-3)
+        return dq, dk, dv
     seed_number, threshold, kept_scale = dropout_arguments(dropout_p, seed)
     num_rows = num_tokens if ragged else batch_size * num_tokens
     rows = lse.new_empty((heads, 2, num_rows)) if "queries" in sizes else None

@@ -195,8 +195,9 @@ def _walk_queries(
 ):
     """dk and dv of a tile of keys. Without rows_ptr the tile holds all keys of its sequence, and dq is made too.
 
-    In float32 such a tile also sums P, and P * dP for delta: with the errors of the dP that it is subtracted from, which
-    matters where a probability is nearly 1. 16 bits have larger errors, and take delta from `out`, with fewer registers.
+    In float32 such a tile also sums P, and P * dP for delta: with the errors of the dP that it is subtracted from,
+    which matters where a probability is nearly 1. 16 bits have larger errors, and take delta from `out`, with fewer
+    registers.
     """
     seed, threshold, kept_scale, token, head = dropout
     width = heads * HEAD_DIM
@@ -410,8 +411,7 @@ def attention_backward(
     if bias is not None:
         raise ValueError(f"attention_backward: bias has shape {tuple(bias.shape)}, expected None")
     *batch, num_tokens, heads, head_dim = q.shape
-    ragged = cu_seqlens is not None
-    batch_size = len(cu_seqlens) - 1 if ragged else batch[0]
+    batch_size = batch[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sizes = config(q, max_seqlen)
     block = sizes["keys"]["BLOCK"]
     if "queries" not in sizes:
@@ -422,13 +422,14 @@ def attention_backward(
         dq, dk, dv = dqkv.zero_().unbind(-3)
         return dq, dk, dv
     seed_number, threshold, kept_scale = dropout_arguments(dropout_p, seed)
-    num_rows = num_tokens if ragged else batch_size * num_tokens
+    num_rows, programs = batch_size * num_tokens, tiles * heads
+    if cu_seqlens is not None:
+        num_rows, programs, cu_seqlens = num_tokens, programs + _CLEARING, cu_seqlens.contiguous()
     rows = lse.new_empty((heads, 2, num_rows)) if "queries" in sizes else None
-    cu_seqlens = cu_seqlens.contiguous() if ragged else None
     attention_mask = None if attention_mask is None else attention_mask.contiguous()
     tensors = (q, k, v, grad, out, lse.contiguous(), rows, dqkv, cu_seqlens, schedule, attention_mask)
     numbers = (num_tiles, max_seqlen, heads, scale, seed_number, threshold, kept_scale)
-    strides = [t.stride() if not ragged else (0, *t.stride()) for t in (q, k, v, grad, out)]
+    strides = [t.stride() if cu_seqlens is None else (0, *t.stride()) for t in (q, k, v, grad, out)]
     with torch.cuda.device_of(q):
         if "queries" in sizes:
             _attention_backward_queries_kernel[(tiles * heads,)](
@@ -440,7 +441,6 @@ def attention_backward(
                 HEAD_DIM=head_dim,
                 **sizes["queries"],
             )
-        programs = tiles * heads + (_CLEARING if ragged else 0)
         _attention_backward_keys_kernel[(programs,)](
             *tensors,
             batch_size,

@@ -59,7 +59,7 @@ def test_tiles_with_a_mask(products: str, max_seqlen: int) -> None:
     for tensor in tensors:
         tensor[~mask] = float("nan")
     *qkv, grad = (t.masked_fill(~mask[..., None, None], 0.0) for t in tensors)
-    sequences = Sequences(None, max_seqlen, mask, -0.5, 0.2, SEED)
+    sequences = Sequences(None, max_seqlen, mask, -0.25, 0.2, SEED)
     fast = train(tensors[3], tensors[:3], sequences)
     assert_attention_train(fast, grad, *qkv, sequences)
     assert not any(t[~mask].any() for t in fast)

@@ -49,7 +49,7 @@ def _compile(compute_capability: int, *flags: str) -> list[dict[str, Any]]:
 
 #: Bytes a thread may spill: ptxas puts a register or two aside to keep one more program on a multiprocessor.
 MOST_SPILLED_BYTES = 8
-#: But in the gradients of attention at head_dim 256, where two sums take half of all registers, and without matrix units.
+#: But in the gradients of attention at head_dim 256, whose sums take half of all registers, and without matrix units.
 MOST_SPILLED_BYTES_OF_LARGE = 400
 
 

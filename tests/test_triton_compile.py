@@ -49,6 +49,8 @@ def _compile(compute_capability: int, *flags: str) -> list[dict[str, Any]]:
 
 #: Bytes a thread may spill: ptxas puts a register or two aside to keep one more program on a multiprocessor.
 MOST_SPILLED_BYTES = 8
+#: But in the gradients of attention at head_dim 256, whose sums take half of all registers, and without matrix units.
+MOST_SPILLED_BYTES_OF_LARGE = 400
 
 
 #: Registers by which a compilation may differ from the one that is kept.
@@ -75,7 +77,8 @@ def check(rows: list[dict[str, Any]], compute_capability: int) -> None:
             registers, *expected = kept[f"sm_{compute_capability}"][key(row)]
             assert [row["spilled_bytes"], row["shared_bytes"]] == expected, row
             assert abs(row["registers"] - registers) <= REGISTERS, row
-        assert row["spilled_bytes"] <= MOST_SPILLED_BYTES, row
+        large = row["op"].startswith("attention_backward") and (row["options"][1] == 256 or compute_capability < 80)
+        assert row["spilled_bytes"] <= (MOST_SPILLED_BYTES_OF_LARGE if large else MOST_SPILLED_BYTES), row
         assert row["shared_bytes"] <= SHARED_BYTES[compute_capability], row
         if row["op"].startswith("attention") and row["op"] != "attention_schedule":
             expected = [] if row["dtype"] == "float32" else MATRIX_INSTRUCTION[compute_capability]
@@ -104,6 +107,7 @@ def test_kernels_compile_as_meant(compute_capability: int) -> None:
     expected |= {"pooling", "residual_layer_norm", "inspect", "pack", "unpack"}
     expected |= {f"{op}_layer_norm_{way}" for op in ("residual", "embedding") for way in ("train", "backward")}
     expected |= {"bias_gelu_backward", "pooling_backward", "cross_entropy_", "sum_of_programs", "pieces", "tables"}
+    expected |= {"attention_train", "attention_backward", "attention_backward_keys"}
     expected |= {"linear_gelu"} if compute_capability >= 80 else set()
     expected |= {"quantize_rows"} if compute_capability >= 90 else set()
     assert {row["op"] for row in rows} == expected

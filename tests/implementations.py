@@ -61,6 +61,12 @@ def parameters() -> list[Any]:
     return [pytest.param(i, id="-".join(filter(None, (i.name, i.isa, str(i.dtype)[6:])))) for i in triton + cpp]
 
 
+def training_parameters() -> list[Any]:
+    """Those of C++ whose kernels of training differ: avx512_vnni has avx512's."""
+    cpp = [p for p in parameters() if p.values[0].name == "cpp"]
+    return [p for p in cpp if p.values[0].isa != "avx512_vnni"]
+
+
 def _isas() -> list[str]:
     try:
         return importlib.import_module("bert_fast._C").available_isas()

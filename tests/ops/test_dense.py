@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from implementations import DEVICE, FORCEABLE, Implementation, parameters
+from implementations import DEVICE, FORCEABLE, Implementation, training_parameters
 from layouts import LAYOUTS
 from numerics import assert_forward, assert_gradients, assert_no_worse
 from torch import Tensor
@@ -18,9 +18,7 @@ from bert_fast import ops
 from bert_fast.ops.dense import OP, reference
 
 #: There is no Triton form: a GPU's products are cuBLAS's.
-on_cpu = pytest.mark.parametrize(
-    "implementation", [p for p in parameters() if p.values[0].name == "cpp"], indirect=True
-)
+on_cpu = pytest.mark.parametrize("implementation", training_parameters(), indirect=True)
 #: Weights in x's dtype, and as autocast has them.
 both_weights = pytest.mark.parametrize("weight_dtype", ["x's", "float32"])
 

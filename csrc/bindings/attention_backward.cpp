@@ -6,20 +6,6 @@ namespace py = pybind11;
 namespace bert_fast {
 namespace {
 
-// What the arguments `dropout_p` and `seed` of an op say (bert_fast/ops/_dropout.py is the definition).
-Dropout checked_dropout(const char* op, double dropout_p, const std::optional<Tensor>& seed) {
-  TORCH_CHECK_VALUE(dropout_p >= 0 && dropout_p <= 1, op, ": dropout_p is ", dropout_p, ", expected 0 to 1");
-  if (dropout_p == 0) return {0, 0, 1.0f};
-  TORCH_CHECK_VALUE(seed.has_value(), op, ": dropout_p is ", dropout_p, " without a seed");
-  check_cpu(op, "seed", *seed);
-  TORCH_CHECK_VALUE(seed->scalar_type() == at::kLong && seed->dim() == 0, op, ": seed is ", dtype_text(*seed),
-                    " of shape ", shape_text(seed->sizes()), ", expected an int64 scalar");
-  const uint64_t key = static_cast<uint64_t>(*data<int64_t>(*seed));
-  if (dropout_p == 1) return {key, 256, 0.0f};
-  const int32_t threshold = std::clamp(static_cast<int32_t>(std::nearbyint(256 * dropout_p)), 1, 255);
-  return {key, threshold, 256.0f / static_cast<float>(256 - threshold)};
-}
-
 void check_no_bias(const char* op, const std::optional<Tensor>& bias) {
   TORCH_CHECK_VALUE(!bias.has_value(), op, ": bias has shape ", shape_text(bias->sizes()),
                     ", expected None: the C++ kernels have no bias of the scores");

@@ -45,6 +45,9 @@ inline void check_shape(const char* op, const char* name, const Tensor& tensor, 
 inline void check_cpu(const char* op, const char* name, const Tensor& tensor) {
   TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.layout() == at::kStrided, op, ": ", name, " is on ",
                     tensor.device().str(), " with layout ", tensor.layout(), ", expected a dense tensor on cpu");
+  // Fake and functional tensors, a forward derivative that is zero, storage that was freed.
+  TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.const_data_ptr() != nullptr, op, ": ", name,
+                    " has no memory, expected a tensor that holds its values");
 }
 
 // float32 or bfloat16, dense, on the CPU, and of the dtype of `lead`.

@@ -98,6 +98,7 @@ Tensor cross_entropy_(const Tensor& logits, const Tensor& bias, const Tensor& la
   const TrainingTable& table = *chosen_kernels().training;
   const Tensor dense_bias = contiguous(bias.to(at::kFloat));
   at::assert_no_overlap(logits, dense_bias);
+  at::assert_no_overlap(logits, indices);
   const Tensor losses = at::empty({rows}, at::kFloat);
   with_element_type(logits, [&](auto element) {
     using T = decltype(element);

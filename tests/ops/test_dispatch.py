@@ -336,8 +336,6 @@ def test_registered_form_checks_its_input(name: str) -> None:
 TRAINED = [
     name for name, (op, args) in calls().items() if op.gradient and op is not DENSE and op.gradient.serves(*args)
 ]
-    name for name, (op, args) in calls().items() if op.gradient and op is not DENSE and op.gradient.serves(*args)
-]
 
 
 @pytest.mark.parametrize("name", TRAINED)

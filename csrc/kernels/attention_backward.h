@@ -56,46 +56,60 @@ struct GradientRows {
   int64_t length;
 };
 
-// Scores of one query -> P; returns delta, without the factor of dropout.
-template <class Keep>
-BERT_FAST_INLINE Vec probabilities_row(const GradientRows& rows, int64_t row, float scale, float lse,
-                                       const Keep& keep) {
+// What belongs to a row of probabilities: one over the sum of what stands for them, and delta without the factor of
+// dropout.
+struct RowGradient {
+  Vec inverse, delta;
+};
+
+// e^x for x <= 87; zero below -87. A NaN stays one. Keys that no query looks at have gradients, too, which in float are
+// seen as well as the others': the relative error must not grow with |x|.
+BERT_FAST_INLINE Vec exp(Vec x) { return select_ge(x, set1(-87.0f), exp_product(x, set1(1.0f)), max(set1(0.0f), x)); }
+
+// Scores of one query -> P times a number close to one: the logarithm is rounded, which all of the row would show.
+template <bool EXACT, class Keep>
+BERT_FAST_INLINE RowGradient probabilities_row(const GradientRows& rows, int64_t row, float scale, float lse,
+                                               const Keep& keep) {
   float* scores = rows.scores + row * rows.stride;
   const float* grads = rows.grads + row * rows.stride;
   const Vec unit = set1(std::abs(scale)), shift = set1(lse);
-  Vec delta = set1(0.0f);
+  Vec total = set1(0.0f), delta = set1(0.0f);
   for (int64_t i = 0; i < rows.length; i += LANES) {
-    // As the forward computes the logarithm, so that a single key's is taken off to nothing.
-    const Vec power = (load(scores + i) * unit - shift) * set1(1.44269504f);  // log2(e)
-    const Vec p = first(exp2(power), rows.length - i, set1(0.0f));
+    // Scaled as the forward does it before the logarithm, so that a single key's is taken off to nothing.
+    const Vec power = load(scores + i) * unit - shift;
+    const Vec p = first(EXACT ? exp(power) : exp2(power * set1(1.44269504f)), rows.length - i, set1(0.0f));
+    total = total + p;
     delta = fma(p, keep(load(grads + i), i), delta);
     store(scores + i, p);
   }
-  return set1(sum(delta));
+  const float inverse = 1.0f / sum(total);
+  return {set1(inverse), set1(sum(delta) * inverse)};
 }
 
 // P and grad v^T of one query, or of two for a product of pairs -> what the products read, in their place: `scores` the
 // kept P by columns, `grads` dS by rows, and for pairs, which differ by rows and by columns, dS by columns in the
 // second row of `scores`.
 template <class Keep>
-BERT_FAST_INLINE void gradient_row(const GradientRows& rows, int64_t row, Vec delta, const Keep& keep) {
+BERT_FAST_INLINE void gradient_row(const GradientRows& rows, int64_t row, const RowGradient& gradient,
+                                   const Keep& keep) {
   float* scores = rows.scores + row * rows.stride;
   float* grads = rows.grads + row * rows.stride;
   for (int64_t i = 0; i < rows.length; i += LANES) {
-    const Vec p = load(scores + i);
-    store(grads + i, p * (keep(load(grads + i), i) - delta));
+    const Vec p = load(scores + i) * gradient.inverse;
+    store(grads + i, p * (keep(load(grads + i), i) - gradient.delta));
     store(scores + i, keep(p, i));
   }
 }
 template <class Keep>
-BERT_FAST_INLINE void gradient_pair(const GradientRows& rows, int64_t row, const Vec (&deltas)[2], const Keep& keep,
-                                    const Keep& keep_next) {
+BERT_FAST_INLINE void gradient_pair(const GradientRows& rows, int64_t row, const RowGradient& gradient,
+                                    const RowGradient& gradient_next, const Keep& keep, const Keep& keep_next) {
   float* scores = rows.scores + row * rows.stride;
   float* grads = rows.grads + row * rows.stride;
   for (int64_t i = 0; i < rows.length; i += LANES) {
-    const Vec p = load(scores + i), p_next = load(scores + rows.stride + i);
-    const Vec ds = p * (keep(load(grads + i), i) - deltas[0]);
-    const Vec ds_next = p_next * (keep_next(load(grads + rows.stride + i), i) - deltas[1]);
+    const Vec p = load(scores + i) * gradient.inverse;
+    const Vec p_next = load(scores + rows.stride + i) * gradient_next.inverse;
+    const Vec ds = p * (keep(load(grads + i), i) - gradient.delta);
+    const Vec ds_next = p_next * (keep_next(load(grads + rows.stride + i), i) - gradient_next.delta);
     store(scores + i, from_bits(pack_pairs(keep(p, i), keep_next(p_next, i))));
     store(scores + rows.stride + i, from_bits(pack_pairs(ds, ds_next)));
     store(reinterpret_cast<bfloat16*>(grads) + i, ds);
@@ -108,19 +122,19 @@ template <class P, class Keep, class Lse>
 void softmax_backward(const GradientRows& rows, int64_t count, float scale, const Keep& keep, const Lse& lse) {
   for (int64_t i = 0; i < count; i += P::DEPTH) {
     const auto kept = keep(i);
-    const Vec delta = probabilities_row(rows, i, scale, lse(i), kept);
+    const RowGradient gradient = probabilities_row<P::DEPTH == 1>(rows, i, scale, lse(i), kept);
     if constexpr (P::DEPTH == 1) {
-      gradient_row(rows, i, delta, kept);
+      gradient_row(rows, i, gradient, kept);
     } else {
       const auto kept_next = keep(i + 1);
-      Vec delta_next = set1(0.0f);
+      RowGradient next{set1(0.0f), set1(0.0f)};
       if (i + 1 < count) {
-        delta_next = probabilities_row(rows, i + 1, scale, lse(i + 1), kept_next);
+        next = probabilities_row<P::DEPTH == 1>(rows, i + 1, scale, lse(i + 1), kept_next);
       } else {  // a pair's second query that is none
         std::fill_n(rows.scores + (i + 1) * rows.stride, rows.stride, 0.0f);
         std::fill_n(rows.grads + (i + 1) * rows.stride, rows.stride, 0.0f);
       }
-      gradient_pair(rows, i, {delta, delta_next}, kept, kept_next);
+      gradient_pair(rows, i, gradient, next, kept, kept_next);
     }
   }
 }

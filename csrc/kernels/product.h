@@ -33,7 +33,8 @@ void run_tile(const typename P::Input* a, int64_t stride, const typename P::Weig
   const int64_t block = steps_per_sum<P>(steps);
   constexpr int64_t step_size = PANEL * P::DEPTH;
   for (int64_t k = 0;;) {
-    tile<P, M, N>(a + P::at(0, k, stride), stride, b + k * step_size, step_size, std::min(block, steps - k), ahead, sums);
+    tile<P, M, N>(a + P::at(0, k, stride), stride, b + k * step_size, step_size, std::min(block, steps - k), ahead,
+                  sums);
     if (k > 0)
       for (int i = 0; i < M; ++i)
         for (int j = 0; j < N; ++j) sums[i][j] = before[i][j] + sums[i][j];
@@ -96,7 +97,8 @@ BERT_FAST_INLINE void product(const typename P::Input* a, int64_t stride, const 
             ahead =
                 fetch_part<P>(b + panel_size, steps, index, (last - first) * (PANEL / width), panel + 1 < panel_end);
           }
-          run(a + P::at(from, 0, stride), stride, b + column * P::DEPTH, steps, from, panel * PANEL + column, ahead, epilogue);
+          run(a + P::at(from, 0, stride), stride, b + column * P::DEPTH, steps, from, panel * PANEL + column, ahead,
+              epilogue);
         }
       }
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -34,8 +35,7 @@ def attention_train(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> tu
         rows = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(q.shape[:2])
         return _attend(q, k, v, sequences, rows)
     parts = []
-    offsets = sequences.cu_seqlens.tolist()
-    for a, b in zip(offsets[:-1], offsets[1:], strict=True):
+    for a, b in pairwise(sequences.cu_seqlens.tolist()):
         parts.append(_attend(q[a:b], k[a:b], v[a:b], sequences, torch.arange(a, b, device=q.device)))
     out, lse = zip(*parts, strict=True) if parts else ([q * 0], [q[..., 0] * 0])
     return torch.cat(out), torch.cat(lse)
@@ -77,7 +77,5 @@ def assert_attention_train(
 
     plain, truth = run(grad, q, k, v), run(*map(to_double, (grad, q, k, v)))
     _, lse = attention_train(q.float(), k.float(), v.float(), sequences)
-    for name, f, p, t in zip(
-        ("out", "lse", "dq", "dk", "dv"), fast, (plain[0], lse, *plain[2:]), truth, strict=True
-    ):
+    for name, f, p, t in zip(("out", "lse", "dq", "dk", "dv"), fast, (plain[0], lse, *plain[2:]), truth, strict=True):
         assert_no_worse(f, p, t, name)

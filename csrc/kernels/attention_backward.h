@@ -66,7 +66,8 @@ struct RowGradient {
 // seen as well as the others': the relative error must not grow with |x|.
 BERT_FAST_INLINE Vec exp(Vec x) { return select_ge(x, set1(-87.0f), exp_product(x, set1(1.0f)), max(set1(0.0f), x)); }
 
-// Scores of one query -> P times a number close to one: the logarithm is rounded, which all of the row would show.
+// Scores of one query -> P times a number close to one, which the rounding of the logarithm makes, and `inverse`
+// undoes.
 template <bool EXACT, class Keep>
 BERT_FAST_INLINE RowGradient probabilities_row(const GradientRows& rows, int64_t row, float scale, float lse,
                                                const Keep& keep) {

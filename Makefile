@@ -32,10 +32,11 @@ check-native:
 
 bench: .venv/dev .venv/bench extension
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 # With the packages of $(PYTHON), which need torch, Triton and transformers: no .venv, no network.
-# GPU="--seconds 300 --output FOLDER --parts kernels encoder" narrows it down.
+# GPU="--seconds 300 --output FOLDER --parts kernels train" narrows it down.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU)
 

@@ -90,16 +90,19 @@ class KernelCase:
     case: str
     dtype: str = "bfloat16"
     width: int = 1024
+    dropout_p: float = 0.0
 
     @property
     def name(self) -> str:
         """What tables call the batch."""
-        return f"{self.case}, width {self.width}"
+        return f"{self.case}, width {self.width}{f', dropout {self.dropout_p}' if self.dropout_p else ''}"
 
 
 #: Tensors of 0.2 to 0.3 gigabytes: several times any L2, and a launch is hidden behind the kernel before.
 KERNELS = (
     *(KernelCase("attention", case) for case in ("256x512", "512x256", "1024x128", "squad728", "2048x64", "mix3072")),
+    KernelCase("attention_backward", "256x512"),
+    KernelCase("attention_backward", "256x512", dropout_p=0.1),
     KernelCase("residual_layer_norm", "1024x128"),
     KernelCase("embedding_layer_norm", "1024x128"),
     KernelCase("bias_gelu", "256x128", width=4096),
@@ -114,11 +117,50 @@ KERNELS = (
 QUICK_KERNELS = (
     KernelCase("attention", "3x8", width=128),
     KernelCase("attention", "mix5", "float32", width=64),
+    KernelCase("attention_backward", "mix5", "float32", width=64),
+    KernelCase("attention_backward", "3x8", "float32", width=64, dropout_p=0.1),
     *(
         KernelCase(op, "mix4", width=64)
         for op in ("residual_layer_norm", "embedding_layer_norm", "bias_gelu", "linear_gelu", "pooling")
     ),
 )
+
+
+@dataclass(frozen=True)
+class TrainCase:
+    """Steps of training.
+
+    Attributes:
+        model: a key of `MODELS`.
+        task: "classification" of whole texts, or "mlm", which predicts 15% of the tokens.
+        batch: the texts of a step (`parse_case`); of a mix, the distribution that they are drawn from.
+        steps: timed together, as their batches differ.
+    """
+
+    model: str
+    task: str
+    batch: str
+    steps: int
+
+
+#: On a CPU: as many texts as leave time for every contender.
+TRAINING = (
+    TrainCase("minilm", "classification", "mix16", 5),
+    TrainCase("minilm", "mlm", "mix16", 5),
+    TrainCase("base", "classification", "mix8", 3),
+    TrainCase("base", "mlm", "mix8", 3),
+)
+
+#: On a GPU, the most telling first: the real mix beside transformers, then pre-training in full batches.
+GPU_TRAINING = (
+    TrainCase("base", "classification", "squad64", 4),
+    TrainCase("base", "mlm", "128x128", 2),
+    TrainCase("large", "mlm", "32x512", 2),
+    TrainCase("base", "mlm", "squad64", 4),
+)
+
+#: Whether it runs, not how fast.
+QUICK_TRAINING = (TrainCase("tiny", "classification", "mix4", 3), TrainCase("tiny", "mlm", "mix4", 3))
 
 
 def build_model(source: str | BertConfig) -> Any:

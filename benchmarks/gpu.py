@@ -1,14 +1,16 @@
 """One stay on a GPU machine: everything that only such a machine can tell, in one command and a few minutes.
 
-    python -m benchmarks.gpu [--seconds 465] [--output FOLDER] [--parts tests kernels encoder sanitizer] [--quick]
+    python -m benchmarks.gpu [--seconds 465] [--output FOLDER] [--parts NAME ...] [--quick]
 
 needs nothing but the packages of the interpreter that runs it: no network, no virtual environment. Each part is a
 process with a limit of its own, the most telling first; what one leaves of its time the next ones have. Into
 `benchmarks/results/<gpu>/`, or FOLDER, go
 
-    gpu.json, gpu.md              the machine, what became of each part, the targets
+    gpu.json, gpu.md              the machine, what became of each part (tests, kernels, train, encoder, sanitizer), the
+                                  targets
     encoder.json, .md, -*.svg     forward passes beside the peers (`benchmarks.run --parts encoder compiled`)
     kernels.json, .md             kernels alone (`benchmarks.run --parts kernels`)
+    train.json, .md               steps of training beside transformers (`benchmarks.train`)
 
 each written whole, after every part and every row: whoever ends the run at any moment has what was measured until then.
 """
@@ -169,7 +171,7 @@ def write(stay: Stay, folder: Path) -> None:
 
 def written(stay: Stay, folder: Path) -> dict[str, report.Result]:
     """The results of this stay by the stem of their file; not those that an earlier one left."""
-    paths = {stem: folder / f"{stem}.json" for stem in ("encoder", "kernels")}
+    paths = {stem: folder / f"{stem}.json" for stem in ("encoder", "kernels", "train")}
     there = {stem: report.read(path) for stem, path in paths.items() if path.exists()}
     return {stem: result for stem, result in there.items() if result["date"] >= stay["date"]}
 

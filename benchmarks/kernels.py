@@ -37,7 +37,7 @@ Arguments = tuple[Any, ...]
 
 
 def op_of(case: KernelCase) -> Op:
-    """The op that the case runs."""
+    """The op that the case runs; not that of a gradient."""
     op: Op = import_module(f"bert_fast.ops.{case.op}").OP
     return op
 
@@ -59,6 +59,9 @@ def arguments(case: KernelCase, device: str, seed: int = 0) -> Arguments:
         case "attention":
             qkv = random(tokens, 3, width // HEAD_DIM, HEAD_DIM).unbind(1)  # as a fused projection leaves them
             return (*qkv, cu_seqlens, max(lengths), None, HEAD_DIM**-0.5, 0.0, None, None)
+        case "attention_backward":
+            qkv = random(tokens, 3, width // HEAD_DIM, HEAD_DIM).unbind(1)
+            return (*qkv, cu_seqlens, max(lengths), random(tokens, width // HEAD_DIM, HEAD_DIM))  # and the gradient
         case "residual_layer_norm":
             return random(tokens, width), random(width), random(tokens, width), random(width), random(width), 1e-12, 0.0
         case "embedding_layer_norm":
@@ -86,6 +89,8 @@ def work(case: KernelCase) -> Work:
     match case.op:
         case "attention":
             flops, moved = 4 * case.width * sum(n * n for n in batch.lengths), 4 * tokens * row
+        case "attention_backward":  # five products for the forward's two
+            flops, moved = 10 * case.width * sum(n * n for n in batch.lengths), 8 * tokens * row
         case "residual_layer_norm":
             moved = 3 * tokens * row
         case "embedding_layer_norm":
@@ -101,11 +106,14 @@ def work(case: KernelCase) -> Work:
 
 def truth(case: KernelCase, device: str) -> Tensor:
     """The rows that are compared, by the definition in float32, of the first set of inputs."""
-    exact = (
-        value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for value in arguments(case, device)
-    )
-    return sample(case, op_of(case).reference(*exact)).cpu()
+    with _gradients(case):
+        exact = [
+            value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+            for value in arguments(case, device)
+        ]
+        if case.op == "attention_backward":
+            return sample(case, _gradient_of_queries(case, exact, impl="reference")()).cpu()
+        return sample(case, op_of(case).reference(*exact)).cpu()
 
 
 def sample(case: KernelCase, answer: Tensor) -> Tensor:
@@ -124,11 +132,40 @@ class Runner:
 
     def __call__(self, case: KernelCase) -> Tensor:
         """Anything of the kernel's shape; the first call with a case object makes the inputs, and takes the first."""
-        if case is not self.case:
-            self.case = case
-            sets = [arguments(case, self.device, seed) for seed in range(SETS)]
-            self.calls = cycle([self.prepare(case, given) for given in sets])
-        return next(self.calls)()
+        with _gradients(case):
+            if case is not self.case:
+                self.case = case
+                sets = [arguments(case, self.device, seed) for seed in range(SETS)]
+                self.calls = cycle([self.prepare(case, given) for given in sets])
+            return next(self.calls)()
+
+
+def _gradients(case: KernelCase) -> Any:
+    """What a case runs under: inference mode, but for those that differentiate."""
+    return torch.inference_mode(case.op != "attention_backward")
+
+
+def _gradient(attend: Callable[..., Any], inputs: Sequence[Tensor], grad: Tensor) -> Callable[[], Tensor]:
+    """The backward alone, again and again: it makes all three gradients, and that of the queries is compared."""
+    leaves = [value.detach().requires_grad_() for value in inputs]
+    out = attend(*leaves)
+    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)[0]
+
+
+def _gradient_of_queries(case: KernelCase, given: Sequence[Any], **options: Any) -> Callable[[], Tensor]:
+    """By the op, ragged, with its schedule; the mask of dropout is always the same."""
+    *inputs, cu_seqlens, longest, grad = given
+    schedule = None if options else ops.attention_schedule(inputs[0], cu_seqlens, longest)
+    attend = partial(
+        ops.attention,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=longest,
+        dropout_p=case.dropout_p,
+        seed=torch.tensor(1) if case.dropout_p else None,
+        schedule=schedule,
+        **options,
+    )
+    return _gradient(attend, inputs, grad)
 
 
 def _ours(case: KernelCase, given: Arguments) -> Callable[[], Tensor]:
@@ -136,6 +173,8 @@ def _ours(case: KernelCase, given: Arguments) -> Callable[[], Tensor]:
 
     Attention has its schedule, which a model makes once for all layers.
     """
+    if case.op == "attention_backward":
+        return _gradient_of_queries(case, given)
     traits = Traits(head_dim=HEAD_DIM) if case.op == "attention" else Traits()
     device = next(value.device.type for value in given if isinstance(value, Tensor))
     if case.op == "attention":
@@ -151,6 +190,12 @@ def _torch(case: KernelCase, given: Arguments) -> Callable[[], Tensor]:
         q, k, v = (_padded(t, mask).transpose(1, 2) for t in given[:3])
         keep = None if mask.all() else mask[:, None, None, :]
         return partial(F.scaled_dot_product_attention, q, k, v, attn_mask=keep)
+    if case.op == "attention_backward":
+        *inputs, _, _, grad = given
+        mask = _mask(case, str(grad.device))
+        keep = None if mask.all() else mask[:, None, None, :]
+        q, k, v, padded = (_padded(t, mask).transpose(1, 2) for t in (*inputs, grad))
+        return _gradient(partial(F.scaled_dot_product_attention, attn_mask=keep), (q, k, v), padded)
     if case.op == "pooling":
         hidden, cu_seqlens, _ = given
         return partial(torch.segment_reduce, hidden, "mean", offsets=cu_seqlens.long())
@@ -160,7 +205,11 @@ def _torch(case: KernelCase, given: Arguments) -> Callable[[], Tensor]:
 def _varlen(case: KernelCase, given: Arguments) -> Callable[[], Any]:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v, cu_seqlens, longest, *_ = given
+    q, k, v, cu_seqlens, longest, *rest = given
+    if case.op == "attention_backward":
+        return _gradient(
+            lambda q, k, v: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest), (q, k, v), *rest
+        )
     return partial(varlen_attn, q, k, v, cu_seqlens, cu_seqlens, longest, longest)
 
 
@@ -173,8 +222,10 @@ PREPARE: dict[str, Callable[[KernelCase, Arguments], Callable[[], Any]]] = {
 
 
 def contenders(case: KernelCase, present: Sequence[str]) -> list[str]:
-    """Of those present, the ones that have the op."""
-    return [name for name in present if name != "varlen_attn" or case.op == "attention"]
+    """Of those present, the ones that have the op, and with dropout the mask that the definition has."""
+    if case.dropout_p:
+        return [name for name in present if name == "bert_fast"]
+    return [name for name in present if name != "varlen_attn" or case.op.startswith("attention")]
 
 
 def specs(device: str, with_varlen: bool) -> dict[str, Spec]:

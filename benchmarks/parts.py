@@ -21,6 +21,7 @@ from typing import TypedDict
 
 from benchmarks.peers import PEERS
 from benchmarks.processes import ROOT
+from benchmarks.training import BASELINE, SUBJECT
 
 SANITIZER = "compute-sanitizer"
 
@@ -161,8 +162,15 @@ def _encoder(job: Job, seconds: float) -> list[str]:
     return _benchmark(job, seconds, "encoder", "encoder", *(["compiled"] if job.device == "cuda" else []))
 
 
+def _train(job: Job, seconds: float) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.train", "--device", job.device]
+    if job.quick:
+        command += ["--quick", "--repeats", "1", "--threads", "1", "--contenders", BASELINE, SUBJECT]
+    return [*command, "--seconds", f"{seconds:.0f}", "--output", str(job.folder / "train.json")]
+
+
 def benchmark_verdict(ended: Ended) -> tuple[bool, str]:
-    """Of `benchmarks.run`."""
+    """Of `benchmarks.run` and `benchmarks.train`."""
     left_out = len(re.findall(r"^left out: ", ended.output, re.MULTILINE))
     also = f", {left_out} left out" if left_out else ""
     if ended.status is None:
@@ -240,11 +248,12 @@ def _last_line(output: str) -> str:
     return next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "it printed nothing")
 
 
-#: In the order of value; kernels before the encoder, whose last rows, beside torch.compile, take all there is.
+#: In the order of value; but the encoder late, whose last rows, beside torch.compile, take all there is.
 PARTS = (
     Part("tests", 100, _tests, tests_verdict),
-    Part("kernels", 80, _kernels, benchmark_verdict),
-    Part("encoder", 230, _encoder, benchmark_verdict),
+    Part("kernels", 75, _kernels, benchmark_verdict),
+    Part("train", 90, _train, benchmark_verdict),
+    Part("encoder", 160, _encoder, benchmark_verdict),
     # Without torch's own allocator every tensor ends where its allocation ends, and what is past it is noticed.
-    Part("sanitizer", 70, _sanitizer, sanitizer_verdict, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)),
+    Part("sanitizer", 55, _sanitizer, sanitizer_verdict, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)),
 )

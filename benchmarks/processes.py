@@ -66,7 +66,7 @@ class Worker:
     """
 
     def __init__(self, name: str, spec: Spec, threads: int, device: str = "cpu", budget: Budget | None = None) -> None:
-        self.name = name
+        self.name, self.device = name, device
         self._budget = budget or Budget()
         self._connection, theirs = Pipe()
         self._messages = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  open as long as it runs
@@ -105,6 +105,15 @@ class Worker:
     def cost(self) -> Cost:
         """What it took beside its time, since `warm_up`."""
         return self._ask("cost")
+
+    @contextmanager
+    def within(self, budget: Budget) -> Iterator[None]:
+        """Another budget, for the length of the context."""
+        before, self._budget = self._budget, budget
+        try:
+            yield
+        finally:
+            self._budget = before
 
     def close(self) -> None:
         """End the process."""
@@ -152,14 +161,19 @@ class Crew:
     """Workers that are measured together, ended with the context; one that fails is ended alone, or started anew.
 
     Attributes:
-        specs: of those that are to run; entering the context starts them.
+        specs: of those that are to run; entering the context starts them, and `ready` those that came later.
     """
 
     def __init__(
-        self, specs: Mapping[str, Spec], threads: int, device: str = "cpu", budget: Budget | None = None
+        self,
+        specs: Mapping[str, Spec],
+        threads: int,
+        device: str = "cpu",
+        budget: Budget | None = None,
+        worker: type[Worker] = Worker,
     ) -> None:
         self.specs = dict(specs)
-        self._start = lambda name: Worker(name, self.specs[name], threads, device, budget)
+        self._start = lambda name: worker(name, self.specs[name], threads, device, budget)
         self._building: dict[str, Worker] = {}
         self._built: dict[str, Worker] = {}
 

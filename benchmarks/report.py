@@ -2,7 +2,8 @@
 
 python -m benchmarks.report benchmarks/results/<device>/encoder.json [--readme README.md]
 
-draws the plots too that a machine without matplotlib could not.
+takes train.json too, which has a place of its own in the README, and draws the plots that a machine without matplotlib
+could not.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from benchmarks.peak import Peak
-from benchmarks.tables import details, kernel_table, on_gpu, summary
+from benchmarks.tables import TrainRow, details, kernel_table, on_gpu, summary, training_table
 from bert_fast.benchmarking import Row
 from bert_fast.folders import read_json
 
+#: Where a README holds the tables of `benchmarks.run`, and those of `benchmarks.train`.
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+TRAINING = "<!-- training:begin -->", "<!-- training:end -->"
 
 
 class Measurement(TypedDict):
@@ -41,9 +44,10 @@ class Measurement(TypedDict):
 
 
 class Result(Measurement, total=False):
-    """What `benchmarks.run` writes; older files lack some of it."""
+    """What `benchmarks.run` and `benchmarks.train` write; older files lack some of it."""
 
     kernels: list[Row]  # kernels alone
+    train: list[TrainRow]  # steps of training, by `benchmarks.train`
     left_out: list[str]  # what was to be measured and was not, with the reason
 
 
@@ -170,49 +174,73 @@ the bytes at that of a copy, in time; of limit: how much of the time that is. "r
 """
 
 
+TRAINING_LEGEND = """\
+Medians of interleaved rounds, each contender in a process of its own, of whole training steps with dropout: forward,
+backward, clipping, fused AdamW, freeing the gradients; a step's time is the mean over several, whose texts are the same
+for all. fill: share of real tokens in what the collator makes; grouped batches are those of transformers'
+`group_by_length`. GFLOP/s: three forward passes over real tokens, for the head of masked language modelling over the
+predicted ones alone, whatever a contender computes (bert_fast takes the loss of those alone, by `loss_only`, and leaves
+out of its last layer what no head reads); of peak: of what the machine reached in the contender's type in the same run.
+"to" says how many times as fast a contender is as the faster of transformers with and without torch.compile, on padded
+and on grouped batches. MB: the most that a step on the largest batch held beyond the model, its gradients and the
+optimiser; of its MB: of those of that peer on padded batches. error: of the first batch's loss and norm of the gradient
+without dropout, against transformers in float32, root mean square (torch.compile's before it compiles).
+"""
+
+
 def legend(result: Result) -> str:
     """What the tables mean."""
     rows = [*result["rows"], *result["strings"]]
-    kernels = KERNEL_LEGEND if result.get("kernels") else ""
-    return "\n".join(filter(None, ((GPU_LEGEND if on_gpu(rows[0]) else LEGEND) if rows else "", kernels)))
+    said = (
+        (GPU_LEGEND if on_gpu(rows[0]) else LEGEND) if rows else "",
+        KERNEL_LEGEND if result.get("kernels") else "",
+        TRAINING_LEGEND if result.get("train") else "",
+    )
+    return "\n".join(filter(None, said))
 
 
 def tables(result: Result) -> str:
-    """The summaries of forward passes and of strings, and the kernels, where they were measured."""
+    """The summaries of forward passes and of strings, the kernels and training, where they were measured."""
     made = [summary(rows) for rows in (result["rows"], result["strings"]) if rows]
     if kernels := result.get("kernels"):
         made.append(kernel_table(kernels, result["peak"]))
+    if train := result.get("train"):
+        made.append(training_table(train))
     return "\n\n".join(made)
 
 
-def splice(text: str, table: str) -> str:
+def splice(text: str, table: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """`text` with what stands between the two markers replaced.
 
     Raises:
         ValueError: a marker is missing or there twice, or the end comes first.
     """
-    for marker in (BEGIN, END):
+    begin, end = markers
+    for marker in markers:
         if text.count(marker) != 1:
             raise ValueError(f"{marker} is there {text.count(marker)} times, expected once")
-    head, rest = text.split(BEGIN)
-    if END not in rest:
-        raise ValueError(f"{END} comes before {BEGIN}")
-    tail = rest.split(END)[1]
-    return f"{head}{BEGIN}\n\n{table}\n{END}{tail}"
+    head, rest = text.split(begin)
+    if end not in rest:
+        raise ValueError(f"{end} comes before {begin}")
+    tail = rest.split(end)[1]
+    return f"{head}{begin}\n\n{table}\n{end}{tail}"
 
 
 def main() -> None:
     """Make the tables and the plots of a results file anew, and put them into a README."""
     parser = argparse.ArgumentParser(description="The tables and the plots of a results file.")
     parser.add_argument("result", type=Path, help="benchmarks/results/<device>/encoder.json")
-    parser.add_argument("--readme", type=Path, help=f"file to put them into, between {BEGIN} and {END}")
+    parser.add_argument(
+        "--readme", type=Path, help=f"file to put them into, between {BEGIN} and {END}, or {TRAINING[0]} ..."
+    )
     options = parser.parse_args()
     try:
         result = read(options.result)
         save(result, options.result)
         if options.readme:
             text = markdown(result, options.result, options.readme.parent)
-            text = splice(options.readme.read_text(encoding="utf-8"), text)
+            markers = TRAINING if result.get("train") else (BEGIN, END)
+            text = splice(options.readme.read_text(encoding="utf-8"), text, markers)
             options.readme.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypedDict
 
 from benchmarks import peers
 from benchmarks.peak import Peak, best
 from bert_fast.benchmarking import Measured, Row, markdown_table, parse_case
 
 SUBJECT = peers.SUBJECT.name
+
+
+class TrainMeasured(TypedDict):
+    """One contender of a training case; all of it for one step, on average over those that are timed."""
+
+    dtype: str
+    layout: str  # "padded", "grouped" or "packed"
+    computed_tokens: float  # with the padding of the collator
+    median_ms: float
+    quartiles_ms: list[float]
+    gflops: float  # useful, per second
+    of_peak: float | None  # in its own dtype
+    error: float  # of the first loss and norm of the gradient, root mean square
+    activations_mb: float | None
+
+
+class TrainRow(TypedDict):
+    """One training case; all numbers but `steps` are of one step."""
+
+    model: str
+    task: str
+    case: str
+    steps: int  # timed together
+    texts: int
+    tokens: float
+    predicted: float
+    flops: float
+    contenders: dict[str, TrainMeasured]
 
 
 def best_peer(row: Row) -> str | None:
@@ -170,6 +199,63 @@ def _quality_cells(measured: Measured) -> dict[str, str]:
         "error": f"{measured['error']:.0e}",
         "MB": _whole(measured["memory_mb"]),
     }
+
+
+def training_peer(row: TrainRow, layout: str) -> str | None:
+    """The faster of transformers with and without torch.compile, on batches of this layout; None without both."""
+    names = [name for name, measured in row["contenders"].items() if measured["layout"] == layout]
+    peers_ms = {n: row["contenders"][n]["median_ms"] for n in names if not n.startswith(SUBJECT)}
+    return min(peers_ms, key=lambda name: peers_ms[name], default=None)
+
+
+def training_ratio(row: TrainRow, name: str, layout: str = "padded") -> float | None:
+    """The time of the best peer on batches of this layout over that of a contender; None without one of them."""
+    peer = training_peer(row, layout)
+    if peer is None or name not in row["contenders"]:
+        return None
+    return row["contenders"][peer]["median_ms"] / row["contenders"][name]["median_ms"]
+
+
+def activations_ratio(row: TrainRow, name: str) -> float | None:
+    """What a step of a contender holds, over what one of the best peer does on padded batches."""
+    peer = training_peer(row, "padded")
+    if peer is None or name not in row["contenders"]:
+        return None
+    ours, theirs = (row["contenders"][n]["activations_mb"] for n in (name, peer))
+    return ours / theirs if ours is not None and theirs else None
+
+
+def training_tokens_per_second(row: TrainRow, name: str = SUBJECT) -> float:
+    """Real tokens per second of a contender's steps."""
+    return row["tokens"] / (1e-3 * row["contenders"][name]["median_ms"])
+
+
+def training_table(rows: Sequence[TrainRow]) -> str:
+    """A line for each contender of each case."""
+    return markdown_table(
+        [
+            {
+                "model": row["model"],
+                "task": row["task"],
+                "case": row["case"],
+                "contender": name,
+                "dtype": measured["dtype"],
+                "fill": _percent(row["tokens"] / measured["computed_tokens"]),
+                "ms": f"{measured['median_ms']:.1f}",
+                "quartiles": "-".join(f"{quartile:.1f}" for quartile in measured["quartiles_ms"]),
+                "tokens/s": f"{training_tokens_per_second(row, name):.0f}",
+                "GFLOP/s": f"{measured['gflops']:.0f}",
+                "of peak": _percent(measured["of_peak"]),
+                "MB": _whole(measured["activations_mb"]),
+                "error": f"{measured['error']:.0e}",
+                "to padded": _ratio(training_ratio(row, name)),
+                "to grouped": _ratio(training_ratio(row, name, "grouped")),
+                "of its MB": _percent(activations_ratio(row, name)),
+            }
+            for row in rows
+            for name, measured in row["contenders"].items()
+        ]
+    )
 
 
 def _percent(value: float | None) -> str:

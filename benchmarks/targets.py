@@ -1,4 +1,4 @@
-"""What bert_fast is to reach on one H200, as data, and how much of it a run's results show.
+"""What bert_fast is to reach on one H200, and in training on a CPU, as data, and how much of it results show.
 
 On another GPU a target is the same fraction of that GPU's own ceiling, as it was measured in the same run.
 """
@@ -13,13 +13,22 @@ from typing import TypedDict
 from benchmarks.cases import KernelCase
 from benchmarks.peak import Peak, best
 from benchmarks.report import Result
-from benchmarks.tables import bytes_per_second, ratio_to, samples_per_second, tokens_per_second
+from benchmarks.tables import (
+    TrainRow,
+    activations_ratio,
+    bytes_per_second,
+    ratio_to,
+    samples_per_second,
+    tokens_per_second,
+    training_ratio,
+    training_tokens_per_second,
+)
 from bert_fast.benchmarking import Row, markdown_table
 
 #: What an H200 does through PyTorch: 10^9 operations per second of a bfloat16 matrix product, bytes copied in 10^9/s.
 H200 = {"product": 790_000.0, "copy": 4_300.0}
 
-#: Results by the stem of their file, "encoder" and "kernels"; what was not measured is missing.
+#: Results by the stem of their file, "encoder", "kernels" and "train"; what was not measured is missing.
 Results = Mapping[str, Result]
 
 
@@ -71,8 +80,8 @@ def _of(value: Value, model: str, case: str, dtype: str = "bfloat16") -> Figure:
     return figure
 
 
-def _of_kernel(value: Value, op: str, batch: str) -> Figure:
-    case = KernelCase(op, batch)
+def _of_kernel(value: Value, op: str, batch: str, dropout_p: float = 0.0) -> Figure:
+    case = KernelCase(op, batch, dropout_p=dropout_p)
     return _of(value, op, case.name, case.dtype)
 
 
@@ -84,6 +93,31 @@ def _lowest_ratio(peer: str, rows: Sequence[tuple[str, str]]) -> Figure:
         return min((ratio for ratio in found if ratio is not None), default=None)
 
     return figure
+
+
+def _training(
+    value: Callable[[TrainRow], float | None],
+    worst: Callable[[list[float]], float],
+    task: str | None = None,
+    model: str | None = None,
+    case: str | None = None,
+) -> Figure:
+    """The worst value of the rows of this task, model and case; of all where they are None."""
+
+    def figure(result: Result) -> float | None:
+        rows = [
+            row
+            for row in result.get("train", [])
+            if task in (None, row["task"]) and model in (None, row["model"]) and case in (None, row["case"])
+        ]
+        found = [figure for row in rows if (figure := value(row)) is not None]
+        return worst(found) if found else None
+
+    return figure
+
+
+def _times(name: str, layout: str) -> Callable[[TrainRow], float | None]:
+    return partial(training_ratio, name=name, layout=layout)
 
 
 def _measured(key: str, scale: float = 1.0) -> Value:
@@ -138,6 +172,17 @@ TARGETS = (
         for length, required, case in ((128, 200, "1024x128"), (256, 280, "512x256"), (512, 330, "256x512"))
     ),
     *(
+        Target(
+            f"attention's gradient, head_dim 64, length 512{f', dropout {dropout_p}' if dropout_p else ''}",
+            required,
+            "TFLOP/s",
+            _of_kernel(_tflops, "attention_backward", "256x512", dropout_p),
+            part="kernels",
+            ceiling="product",
+        )
+        for dropout_p, required in ((0.0, 240), (0.1, 200))
+    ),
+    *(
         Target(op, 3.7, "TB/s", _of_kernel(_terabytes, op, "1024x128"), part="kernels", ceiling="copy")
         for op in ("residual_layer_norm", "embedding_layer_norm")
     ),
@@ -145,6 +190,52 @@ TARGETS = (
     Target("SQuAD-like lengths, to torch.compile", 2, "x", _lowest_ratio("torch.compile", MIX)),
     Target("full batches, to transformers", 1.3, "x", _lowest_ratio("transformers", FULL)),
     Target("full batches, to torch.compile", 1.3, "x", _lowest_ratio("torch.compile", FULL)),
+    Target(
+        "training, SQuAD-like lengths, to transformers",
+        2.5,
+        "x",
+        _training(_times("bert_fast", "padded"), min, case="squad64"),
+        part="train",
+    ),
+    *(
+        Target(
+            f"MLM training, {model}, {case}",
+            required,
+            "tokens/s",
+            _training(training_tokens_per_second, min, "mlm", model, case),
+            part="train",
+            ceiling="product",
+        )
+        for model, case, required in ((LARGE, "32x512", 210e3), (BASE, "128x128", 650e3))
+    ),
+)
+
+#: Of training on a CPU with two cores, for the slowest of the models, against transformers in float32.
+CPU_TRAINING = (
+    *(
+        Target(
+            f"{name}, {task or 'any task'}, to {layout}",
+            required,
+            "x",
+            _training(_times(name, layout), min, task),
+            part="train",
+        )
+        for name, task, layout, required in (
+            ("bert_fast", None, "padded", 3),
+            ("bert_fast", None, "grouped", 1.7),
+            ("bert_fast bf16", None, "padded", 5),
+            ("bert_fast bf16", None, "grouped", 2.8),
+            ("bert_fast", "mlm", "padded", 4),
+        )
+    ),
+    Target(
+        "bert_fast, activations to padded",
+        0.5,
+        "x",
+        _training(partial(activations_ratio, name="bert_fast"), max),
+        part="train",
+        at_most=True,
+    ),
 )
 
 
@@ -159,10 +250,10 @@ class Verdict(TypedDict):
     met: bool | None  # None when not measured
 
 
-def judge(results: Results) -> list[Verdict]:
+def judge(results: Results, among: Sequence[Target] = TARGETS) -> list[Verdict]:
     """Every target, as far as the results tell."""
     verdicts: list[Verdict] = []
-    for target in TARGETS:
+    for target in among:
         result = results.get(target.part)
         required = target.required_on(result["device"], result["peak"]) if result else None
         measured = target.figure(result) if result else None

@@ -5,7 +5,7 @@ Each op takes the positional arguments of its schema there, raises ValueError fo
 GIL. Import torch first.
 """
 
-from torch import Tensor
+from torch import Tensor, dtype
 from torch.nn import Module
 
 def bias_gelu(x: Tensor, bias: Tensor, approximate: str, out: Tensor | None = None) -> Tensor: ...
@@ -168,3 +168,82 @@ def attention_backward(
     The arguments are those of `attention_train`, what it returned, and the gradient of `out`. A head of a sequence is
     one thread's work, so a single long sequence with few heads leaves threads idle.
     """
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias."""
+
+def dense_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool, need_dbias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias) of dense, None where not needed."""
+
+def residual_layer_norm_train(
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    layer_norm_bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, the normalised rows in its dtype, and 1 / their standard deviation: float32, one for each row.
+
+    x may be bfloat16 beside float32. seed: int64 scalar; None where dropout_p is 0.
+    """
+
+def residual_layer_norm_backward(
+    grad: Tensor,
+    normalized: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    x_dtype: dtype,
+    /,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dbias, dresidual, dweight, dlayer_norm_bias; without dropout and in one dtype dx is dresidual."""
+
+def embedding_layer_norm_train(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word_embeddings: Tensor,
+    position_embeddings: Tensor,
+    token_type_embeddings: Tensor,
+    weight: Tensor,
+    layer_norm_bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `residual_layer_norm_train`; the dropout comes after the LayerNorm."""
+
+def embedding_layer_norm_backward(
+    grad: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    normalized: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    vocab_rows: int,
+    position_rows: int,
+    token_type_rows: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    padding_idx: int | None,
+    /,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the three tables, dense, and dweight, dlayer_norm_bias. Row padding_idx of words gets none."""
+
+def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, approximate: str, /) -> tuple[Tensor, Tensor]:
+    """dx and dbias."""
+
+def pooling_backward(grad: Tensor, hidden: Tensor, cu_seqlens: Tensor, mode: str, /) -> Tensor:
+    """The gradient of hidden; zeros in rows past cu_seqlens[-1]."""
+
+def cross_entropy_(logits: Tensor, bias: Tensor, labels: Tensor, /) -> Tensor:
+    """The losses (rows,) in float32; logits (rows, classes) become softmax(logits + bias) - onehot(labels)."""

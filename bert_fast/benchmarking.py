@@ -21,7 +21,7 @@ from bert_fast.folders import resolve
 from bert_fast.timing import MAX_ERROR, Call, Timing, compare, using_threads
 
 #: Columns of tables that hold words.
-TEXT_COLUMNS = {"model", "case", "dtype", "contender", "best peer", "kernel", "limit", "target", "unit", "part"}
+TEXT_COLUMNS = {"model", "case", "dtype", "contender", "best peer", "kernel", "limit", "target", "unit", "part", "task"}
 
 #: A forward pass: what `Case.inputs` gives -> last hidden states (batch_size, longest, hidden_size).
 Encode = Callable[[dict[str, Tensor]], Tensor]
@@ -176,12 +176,14 @@ class Cost:
         calls_mb: the most memory that its calls held, in megabytes, beyond the libraries; of the device it runs on.
         build_mb: the same until the first call was made.
         host_us, latency_us: on a GPU, of a single call: until it returns, and until its answer is there.
+        activations_mb: in training, what a step holds beyond the model, its gradients and the optimiser.
     """
 
     calls_mb: float | None = None
     build_mb: float | None = None
     host_us: float | None = None
     latency_us: float | None = None
+    activations_mb: float | None = None
 
 
 def bench_model(

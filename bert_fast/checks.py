@@ -34,3 +34,8 @@ def ids_in_range(name: str, ids: Tensor, size: int, ignored: int | None = None) 
     index = tuple(wrong.nonzero()[0].tolist())
     where = index[0] if len(index) == 1 else index
     raise ValueError(f"{name} {ids[index].item()} at index {where} is out of range [0, {size})")
+
+
+def is_transformed() -> bool:
+    """Whether torch.func is at work (`grad`, `vmap`, ...), whose tensors have no memory that one can look at."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # it has no public name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,14 @@ class BertConfig:
             "id2label": {str(index): label for index, label in self.id2label.items()},
             "label2id": {label: index for index, label in self.id2label.items()},
         }
+
+    def get_text_config(self) -> BertConfig:
+        """The part about text, which is all of it; transformers' trainer asks for it by this name."""
+        return self
+
+    def to_json_string(self) -> str:
+        """`to_dict` as the text of a `config.json`, by transformers' name, which its callbacks use."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def _is_number(value: object) -> bool:

@@ -7,17 +7,21 @@ that looks at them stay what they were.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bert_fast import engine, ops
+from bert_fast import engine, masked_lm, ops
 from bert_fast.activation import ACTIVATIONS
 from bert_fast.checks import is_recorded
-from bert_fast.encoder import encode, first_tokens
+from bert_fast.encoder import encode, encode_first, first_tokens
+from bert_fast.heads import cross_entropy
 from bert_fast.inputs import BertInputs, TableSizes
 from bert_fast.modules import obstacle
 from bert_fast.ragged import Padding, Ragged
@@ -35,8 +39,18 @@ HOSTS = (
     "BertForQuestionAnswering",
 )
 
+#: Those that read the pooler's output and nothing else of the encoder.
+_POOLED_ONLY = ("BertForSequenceClassification", "BertForNextSentencePrediction", "BertForMultipleChoice")
+
+#: Those that can do with the tokens that have a label, if the loss is all that is asked for.
+_MASKED_LM = ("BertForMaskedLM", "BertForPreTraining")
+
 #: Arguments of a call that change nothing in an encoder, and what transformers' collators pass beside `cu_seq_lens_q`.
 _IGNORED = frozenset({"use_cache", "num_items_in_batch", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+
+#: Hooks of transformers' own that look at hidden states, which no call asks for that the ops serve, or have the inputs
+#: of a layer that is computed again ask for gradients, which `encode` does.
+_HARMLESS_HOOKS = ("transformers.utils.output_capturing", "transformers.modeling_utils")
 
 #: transformers' own names for softmax attention, which the ops replace; somebody may register another function.
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
@@ -58,6 +72,12 @@ def accelerate(model: nn.Module, *, precision: str | None = None, free_originals
     the plain path: positions that `attention_mask` hides come back as zeros, and the pooler reads the first token that
     the mask keeps (the first position, unless the batch is padded on the left). Calls that the ops do not serve, such
     as `output_attentions=True`, run the plain path; so does a model that is being exported or traced.
+
+    It trains like the original. Dropout is drawn from torch's generator, another mask than the original would draw,
+    with a probability rounded to a 256th. Gradients of gradients (`create_graph=True`) need
+    `bert_fast.ops.force("reference")`, and say so. A model with a head takes one more argument: with `loss_only=True`
+    it returns the loss alone, and a model for masked language modelling then computes only the tokens that have a
+    label, and divides by `num_items_in_batch` where that is given.
 
     Args:
         model: a transformers `BertModel` or `BertFor*`, or a sentence-transformers `SentenceTransformer` or
@@ -84,6 +104,9 @@ def accelerate(model: nn.Module, *, precision: str | None = None, free_originals
     for bert in berts:
         bert.__class__ = _fast_class()
         engine.set_precision(bert, precision, partial(_engine, bert))
+    for host in _hosts(model):
+        plain: Any = _plain(type(host))
+        host.__class__ = _fast_host_class(plain)
     if free_originals:
         for bert in berts:
             engine.release(bert, keep=_parameters_outside(model, bert))
@@ -109,6 +132,8 @@ def restore(model: nn.Module) -> nn.Module:
         engine.forget(bert)
     for bert in berts:
         bert.__class__ = _fast_class().__base__
+    for host in _hosts(model):
+        host.__class__ = _plain(type(host))
     return model
 
 
@@ -133,6 +158,21 @@ def _berts(model: nn.Module) -> list[Any]:
         f"bert_fast.accelerate does not know {type(model).__module__}.{type(model).__name__}; it knows transformers' "
         f"{', '.join(HOSTS)}, and sentence-transformers' SentenceTransformer and CrossEncoder holding one of them"
     )
+
+
+def _hosts(model: nn.Module) -> list[Any]:
+    """The models with a head among the modules of a model, accelerated or not."""
+    modeling = sys.modules.get(_MODELING)
+    if modeling is None:
+        return []
+    known = {getattr(modeling, name) for name in HOSTS[1:]}
+    return [part for part in model.modules() if type(part) in known or type(part).__base__ in known]
+
+
+def _plain(kind: type[Any]) -> type[Any]:
+    """transformers' own class."""
+    base = kind.__base__
+    return base if base is not None and base.__name__ == kind.__name__ else kind
 
 
 def _is_sentence_transformer(model: nn.Module) -> bool:
@@ -188,6 +228,96 @@ def _blank() -> Any:
 
 
 @functools.cache
+def _fast_host_class(plain: Any) -> Any:
+    """A transformers model with a head, whose `forward` takes `loss_only` too, as `heads.Head.forward` does."""
+
+    signature = inspect.signature(plain.forward)
+
+    class FastHost(plain):
+        @functools.wraps(plain.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            loss_only = kwargs.pop("loss_only", False)
+            if loss_only and plain.__name__ in _MASKED_LM:
+                loss = _masked_lm_loss(self, **_bound(signature, args, kwargs))
+                if loss is not None:
+                    return loss
+            if plain.__name__ in _POOLED_ONLY and not self.bert._forward_hooks:
+                with _pooled_only(self.bert):
+                    output = plain.forward(self, *args, **kwargs)
+            else:
+                output = plain.forward(self, *args, **kwargs)
+            if not loss_only:
+                return output
+            if getattr(output, "loss", None) is None:
+                raise ValueError("loss_only without labels, or with return_dict=False: there is no loss")
+            return type(output)(loss=output.loss)
+
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            state = super().__reduce_ex__(protocol)[2]
+            return _blank_host, (plain.__name__,), state
+
+    FastHost.__name__ = FastHost.__qualname__ = plain.__name__
+    FastHost.__module__ = plain.__module__
+    return FastHost
+
+
+def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a `forward` by name."""
+    given = signature.bind(None, *args, **kwargs).arguments
+    given.pop("self")
+    others = given.pop("kwargs", {})
+    return {**given, **others}
+
+
+def _blank_host(name: str) -> Any:
+    """As `_blank`, of the model with a head of this name."""
+    import transformers.models.bert.modeling_bert
+
+    return object.__new__(_fast_host_class(getattr(transformers.models.bert.modeling_bert, name)))
+
+
+def _masked_lm_loss(
+    host: Any,
+    labels: Tensor | None = None,
+    next_sentence_label: Tensor | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    **inputs: Any,
+) -> Any:
+    """The output with the loss alone, from the tokens that have a label; None where the plain way has to run."""
+    predictions, bert, has_pair = host.cls.predictions, host.bert, hasattr(host.cls, "seq_relationship")
+    if labels is None or (has_pair and next_sentence_label is None) or masked_lm.obstacle(predictions):
+        return None
+    if bert._forward_hooks or bert._forward_pre_hooks:
+        return None
+    call = _call(bert, **inputs)
+    if call is None or call.wants_states:
+        return None
+    packed, batch = call.packed, call.inputs.checked(TableSizes.of(bert.embeddings)).to_ragged()
+    if packed is None and _obstacle(bert):
+        return None
+    rows = masked_lm.encode_labelled(bert, packed, bert.config, *batch, labels)
+    divisor = None if num_items_in_batch is None else float(num_items_in_batch)
+    loss = masked_lm.loss(predictions, rows, divisor)
+    modeling = sys.modules[_MODELING]
+    if not has_pair:
+        return modeling.MaskedLMOutput(loss=loss)
+    relationship = host.cls.seq_relationship(bert.pooler(rows.first[:, None]))
+    assert next_sentence_label is not None, "looked at above"
+    loss = loss + cross_entropy(relationship, next_sentence_label, name="next_sentence_label")
+    return modeling.BertForPreTrainingOutput(loss=loss)
+
+
+@contextmanager
+def _pooled_only(bert: Any) -> Iterator[None]:
+    """Within it the head around `bert` is at work, and reads the pooler's output only."""
+    vars(bert)["bert_fast_pooled_only"] = True
+    try:
+        yield
+    finally:
+        vars(bert).pop("bert_fast_pooled_only", None)
+
+
+@functools.cache
 def _known_types(hidden_act: str) -> frozenset[type]:
     """The exact classes below a transformers `BertModel` that the ops replace."""
     from transformers.activations import ACT2FN
@@ -197,7 +327,16 @@ def _known_types(hidden_act: str) -> frozenset[type]:
     return frozenset({getattr(modeling, f"Bert{name}") for name in names} | {type(ACT2FN[hidden_act])})
 
 
-def _forward(
+class _Call(NamedTuple):
+    """A call that the fast path serves."""
+
+    inputs: BertInputs
+    packed: engine.Engine | None  # None: the ops one by one
+    wants_states: bool
+    return_dict: bool
+
+
+def _call(
     bert: Any,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -211,8 +350,8 @@ def _forward(
     return_dict: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
-) -> Any:
-    """The output of a call that the ops serve, or None for one that the plain path must run."""
+) -> _Call | None:
+    """What a call asks for, or None if the plain path must run it."""
     config = bert.config
     unserved = (inputs_embeds, encoder_hidden_states, encoder_attention_mask, past_key_values)
     states_asked = kwargs.pop("output_hidden_states", None)
@@ -226,17 +365,24 @@ def _forward(
     if packed is None and wants_states:
         return None
     inputs = BertInputs(input_ids, attention_mask, token_type_ids, position_ids, cu_seq_lens_q=cu_seq_lens_q)
-    result = packed.padded(inputs, wants_states) if packed else _run_ops(bert, inputs)
+    return _Call(inputs, packed, wants_states, config.return_dict if return_dict is None else return_dict)
+
+
+def _forward(bert: Any, *args: Any, **kwargs: Any) -> Any:
+    """The output of a call that the ops serve, or None for one that the plain path must run."""
+    call = _call(bert, *args, **kwargs)
+    if call is None:
+        return None
+    result = call.packed.padded(call.inputs, call.wants_states) if call.packed else _run_ops(bert, call.inputs)
     if result is None:
         return None
     rows, first, states = result
     output = _output_class()(
         last_hidden_state=rows,
         pooler_output=None if bert.pooler is None else bert.pooler(first[:, None]),
-        hidden_states=tuple(states) if wants_states else None,
+        hidden_states=tuple(states) if call.wants_states else None,
     )
-    return_dict = config.return_dict if return_dict is None else return_dict
-    return output if return_dict else output.to_tuple()
+    return output if call.return_dict else output.to_tuple()
 
 
 def _run_ops(bert: Any, inputs: BertInputs) -> tuple[Tensor, Tensor, list[Tensor]] | None:
@@ -245,15 +391,16 @@ def _run_ops(bert: Any, inputs: BertInputs) -> tuple[Tensor, Tensor, list[Tensor
     if batch is None:
         return None
     ragged, padding = batch
-    rows = encode(bert, ragged, bert.config.hidden_act, bert.config.num_attention_heads)
+    config = bert.config
+    if vars(bert).get("bert_fast_pooled_only") and ragged.input_ids.numel():
+        first = encode_first(bert, ragged, config.hidden_act, config.num_attention_heads)
+        return first[:, None], first, []
+    rows = encode(bert, ragged, config.hidden_act, config.num_attention_heads)
     return padding.pad(rows), first_tokens(rows, ragged), []
 
 
 @torch.compiler.disable
 def _engine(bert: Any) -> engine.Engine | None:
-    # A wrapper that stands in a layer's place may not have the attribute.
-    if bert.training and any(getattr(layer, "gradient_checkpointing", False) for layer in bert.encoder.layer):
-        return None
     if bert.config._attn_implementation not in _ATTENTIONS:
         return None
     return engine.serving(bert, bert.config.hidden_act, bert.config.num_attention_heads, lambda: _obstacle(bert))
@@ -262,9 +409,6 @@ def _engine(bert: Any) -> engine.Engine | None:
 @torch.compiler.disable
 def _ragged_batch(bert: Any, inputs: BertInputs) -> tuple[Ragged, Padding] | None:
     """The batch without its padding, or None if the ops may not stand in for the model's modules as they are now."""
-    # A wrapper that stands in a layer's place may not have the attribute.
-    if bert.training and any(getattr(layer, "gradient_checkpointing", False) for layer in bert.encoder.layer):
-        return None
     if reason := _obstacle(bert):
         ops.warn_of_fallback(f"transformers' own path runs instead of the fast one: {reason}")
         return None
@@ -277,7 +421,7 @@ def _obstacle(bert: Any) -> str | None:
         return f"its attention is {attention!r}"
     known = _known_types(bert.config.hidden_act)
     parts = (bert.embeddings, bert.encoder)
-    reasons = (obstacle(part, known, harmless_hooks="transformers.utils.output_capturing") for part in parts)
+    reasons = (obstacle(part, known, _HARMLESS_HOOKS) for part in parts)
     return next(filter(None, reasons), None)
 
 

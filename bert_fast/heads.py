@@ -42,19 +42,24 @@ def initialize(module: nn.Module, config: BertConfig, truncated: bool = False) -
             nn.init.zeros_(part.weight[part.padding_idx].detach())
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, name: str = "labels") -> Tensor:
-    """Mean over the labels that are not -100; logits (..., classes), labels (...)."""
+def cross_entropy(logits: Tensor, labels: Tensor, divisor: float | None = None, name: str = "labels") -> Tensor:
+    """Sum over the labels that are not -100, over `divisor` or their number; 0 if there are none.
+
+    logits (..., classes), labels (...).
+    """
     if labels.numel() * logits.shape[-1] != logits.numel():
         raise ValueError(f"{name} has shape {tuple(labels.shape)}, but the logits have {tuple(logits.shape)}")
     ids_in_range(name, labels, logits.shape[-1], ignored=IGNORED_LABEL)
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long())
+    logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long()
+    count = (labels != IGNORED_LABEL).sum().clamp(min=1) if divisor is None else divisor
+    return F.cross_entropy(logits, labels, reduction="sum") / count
 
 
-def token_loss(logits: Tensor, labels: Tensor, encoded: Encoded) -> Tensor:
+def token_loss(logits: Tensor, labels: Tensor, encoded: Encoded, divisor: float | None = None) -> Tensor:
     """Cross-entropy over the tokens there are; logits (batch_size, seq_len, classes), labels (batch_size, seq_len)."""
     if encoded.keep is not None and labels.shape == encoded.keep.shape:
         labels = labels.masked_fill(~encoded.keep, IGNORED_LABEL)
-    return cross_entropy(logits, labels)
+    return cross_entropy(logits, labels, divisor)
 
 
 class Head(nn.Module):
@@ -63,11 +68,13 @@ class Head(nn.Module):
     Attributes:
         base: the encoder's class, which a subclass names.
         pooled: whether the head reads the pooler's output.
+        pooled_only: whether it reads nothing else.
         other_labels: names of the targets it takes besides `labels`.
     """
 
     base: type[Any]
     pooled: bool = True
+    pooled_only: bool = False
     other_labels: tuple[str, ...] = ()
 
     def __init__(self, config: BertConfig) -> None:
@@ -84,21 +91,53 @@ class Head(nn.Module):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        loss_only: bool = False,
         **options: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Logits, and the loss where labels are given; `BertInputs` says what the inputs and options are.
 
+        Args:
+            num_items_in_batch: what the summed losses are divided by, in place of the number of labels in this batch:
+                their number in all the batches, of all processes, that make up a step.
+            loss_only: the output has the loss and nothing else, which lets the model leave out what no loss reads. It
+                is the mean over no labels, 0, where every label is -100.
+
         Raises:
-            ValueError: an id or a label is out of range, or shapes do not match.
+            ValueError: an id or a label is out of range, or shapes do not match; or the loss is asked for without
+                labels.
         """
         targets = {name: options.pop(name, None) for name in self.other_labels}
         inputs = BertInputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
-        output = self.read(self.bert.encode_batch(inputs), labels, **targets)
+        divisor = None if num_items_in_batch is None else float(num_items_in_batch)
+        output = (self.loss if loss_only else self.answer)(inputs, labels, divisor, targets)
         return output.to_tuple() if return_dict is False else output
 
-    def read(self, encoded: Encoded, labels: Tensor | None, **targets: Tensor | None) -> ModelOutput:
-        """The head's output from the encoder's."""
+    def answer(
+        self, inputs: BertInputs, labels: Tensor | None, divisor: float | None, targets: dict[str, Tensor | None]
+    ) -> ModelOutput:
+        """The whole output."""
+        return self.read(self.bert.encode_batch(inputs, self.pooled_only), labels, divisor, **targets)
+
+    def loss(
+        self, inputs: BertInputs, labels: Tensor | None, divisor: float | None, targets: dict[str, Tensor | None]
+    ) -> ModelOutput:
+        """The output with the loss alone."""
+        output: Any = self.answer(inputs, labels, divisor, targets)
+        return type(output)(loss=_given(output.loss, self))
+
+    def read(
+        self, encoded: Encoded, labels: Tensor | None, divisor: float | None = None, **targets: Tensor | None
+    ) -> ModelOutput:
+        """The head's output from the encoder's; `divisor` is what the sum of the losses is divided by."""
         raise NotImplementedError
+
+
+def _given(loss: Tensor | None, head: Head) -> Tensor:
+    """The loss that is asked for; ValueError if there is none."""
+    if loss is None:
+        raise ValueError(f"loss_only without {' and '.join(('labels', *head.other_labels))}: there is no loss")
+    return loss
 
 
 class PredictionTransform(nn.Module):
@@ -164,10 +203,12 @@ class BertForMaskedLM(_PreTrainingHead):
     masked_lm = True
     pooled = False
 
-    def read(self, encoded: Encoded, labels: Tensor | None, **targets: Tensor | None) -> LogitsOutput:
+    def read(
+        self, encoded: Encoded, labels: Tensor | None, divisor: float | None = None, **targets: Tensor | None
+    ) -> LogitsOutput:
         """logits (batch_size, seq_len, vocab_size)."""
         logits = encoded.pad(self.cls.predictions(encoded.rows))
-        loss = None if labels is None else token_loss(logits, labels, encoded)
+        loss = None if labels is None else token_loss(logits, labels, encoded, divisor)
         return LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
@@ -175,11 +216,14 @@ class BertForNextSentencePrediction(_PreTrainingHead):
     """Whether the second segment follows the first; labels (batch_size,): 0 it does, 1 it is random."""
 
     next_sentence = True
+    pooled_only = True
 
-    def read(self, encoded: Encoded, labels: Tensor | None, **targets: Tensor | None) -> LogitsOutput:
+    def read(
+        self, encoded: Encoded, labels: Tensor | None, divisor: float | None = None, **targets: Tensor | None
+    ) -> LogitsOutput:
         """logits (batch_size, 2)."""
         logits = self.cls.seq_relationship(encoded.pooler_output)
-        loss = None if labels is None else cross_entropy(logits, labels)
+        loss = None if labels is None else cross_entropy(logits, labels, divisor)
         return LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
@@ -190,14 +234,16 @@ class BertForPreTraining(_PreTrainingHead):
     next_sentence = True
     other_labels = ("next_sentence_label",)
 
-    def read(self, encoded: Encoded, labels: Tensor | None, **targets: Tensor | None) -> PreTrainingOutput:
+    def read(
+        self, encoded: Encoded, labels: Tensor | None, divisor: float | None = None, **targets: Tensor | None
+    ) -> PreTrainingOutput:
         """prediction_logits (batch_size, seq_len, vocab_size), seq_relationship_logits (batch_size, 2)."""
         prediction = encoded.pad(self.cls.predictions(encoded.rows))
         relationship = self.cls.seq_relationship(encoded.pooler_output)
         next_sentence, loss = targets["next_sentence_label"], None
         if labels is not None and next_sentence is not None:
-            loss = token_loss(prediction, labels, encoded)
-            loss = loss + cross_entropy(relationship, next_sentence, "next_sentence_label")
+            loss = token_loss(prediction, labels, encoded, divisor)
+            loss = loss + cross_entropy(relationship, next_sentence, name="next_sentence_label")
         return PreTrainingOutput(loss, prediction, relationship, encoded.hidden_states, encoded.attentions)
 
 
@@ -220,27 +266,31 @@ class BertForSequenceClassification(_Classifier):
     Not given, it is a regression for one label, a single label where labels are integers, several otherwise.
     """
 
-    def read(self, encoded: Encoded, labels: Tensor | None, **targets: Tensor | None) -> LogitsOutput:
+    pooled_only = True
+
+    def read(
+        self, encoded: Encoded, labels: Tensor | None, divisor: float | None = None, **targets: Tensor | None
+    ) -> LogitsOutput:
         """logits (batch_size, num_labels)."""
         logits = self.classifier(self.dropout(encoded.pooler_output))
-        loss = None if labels is None else self.loss(logits, labels)
+        loss = None if labels is None else self.loss_of(logits, labels, divisor)
         return LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean squared error, cross-entropy or binary cross-entropy."""
+    def loss_of(self, logits: Tensor, labels: Tensor, divisor: float | None) -> Tensor:
+        """Mean squared error, cross-entropy or binary cross-entropy, each a mean over texts and labels."""
         problem = self.config.problem_type
         if problem is None:
             single = not labels.is_floating_point() and labels.dtype != torch.bool
             problem = "single_label_classification" if single else "multi_label_classification"
             problem = "regression" if self.config.num_labels == 1 else problem
         if problem == "single_label_classification":
-            return cross_entropy(logits, labels)
+            return cross_entropy(logits, labels, divisor)
         if labels.numel() != logits.numel():
             raise ValueError(f"labels has shape {tuple(labels.shape)}, but the logits have {tuple(logits.shape)}")
         labels = labels.reshape(logits.shape).to(logits.dtype)
-        if problem == "regression":
-            return F.mse_loss(logits, labels)
-        return F.binary_cross_entropy_with_logits(logits, labels)
+        per_text = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
+        mean: Tensor = per_text(logits, labels)
+        return mean if divisor is None else mean * (labels.shape[0] / divisor)
 
 
 class BertForTokenClassification(_Classifier):
@@ -248,10 +298,12 @@ class BertForTokenClassification(_Classifier):
 
     pooled = False
 
-    def read(self, encoded: Encoded, labels: Tensor | None, **targets: Tensor | None) -> LogitsOutput:
+    def read(
+        self, encoded: Encoded, labels: Tensor | None, divisor: float | None = None, **targets: Tensor | None
+    ) -> LogitsOutput:
         """logits (batch_size, seq_len, num_labels)."""
         logits = encoded.pad(self.classifier(self.dropout(encoded.rows)))
-        loss = None if labels is None else token_loss(logits, labels, encoded)
+        loss = None if labels is None else token_loss(logits, labels, encoded, divisor)
         return LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 
@@ -271,6 +323,8 @@ class BertForMultipleChoice(_Classifier):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        loss_only: bool = False,
         **options: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """As `Head.forward`; every choice is a row of the encoder's batch. logits (batch_size, num_choices)."""
@@ -283,10 +337,13 @@ class BertForMultipleChoice(_Classifier):
             for tensor in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
         inputs = BertInputs(ids, mask, types, positions, embeds, **options)
-        encoded = self.bert.encode_batch(inputs)
+        encoded = self.bert.encode_batch(inputs, pooled_only=True)
         logits = self.classifier(self.dropout(encoded.pooler_output)).view(given.shape[:2])
-        loss = None if labels is None else cross_entropy(logits, labels)
+        divisor = None if num_items_in_batch is None else float(num_items_in_batch)
+        loss = None if labels is None else cross_entropy(logits, labels, divisor)
         output = LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
+        if loss_only:
+            output = LogitsOutput(_given(output.loss, self))
         return output.to_tuple() if return_dict is False else output
 
 
@@ -294,22 +351,28 @@ class BertForQuestionAnswering(Head):
     """The span that answers: `start_positions` and `end_positions` (batch_size,); one past the text is ignored."""
 
     pooled = False
-    other_labels = ("start_positions", "end_positions")
+    other_labels: tuple[str, ...] = ("start_positions", "end_positions")
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         initialize(self.qa_outputs, config)
 
-    def read(self, encoded: Encoded, labels: Tensor | None, **targets: Tensor | None) -> QuestionAnsweringOutput:
+    def read(
+        self, encoded: Encoded, labels: Tensor | None, divisor: float | None = None, **targets: Tensor | None
+    ) -> QuestionAnsweringOutput:
         """start_logits and end_logits (batch_size, seq_len)."""
         start, end = (logits.contiguous() for logits in encoded.pad(self.qa_outputs(encoded.rows)).unbind(-1))
         starts, ends, loss = targets["start_positions"], targets["end_positions"], None
         if starts is not None and ends is not None:
-            loss = (self.span_loss(start, starts, encoded.keep) + self.span_loss(end, ends, encoded.keep)) / 2
+            losses = [
+                self.span_loss(logits, positions, encoded.keep, divisor)
+                for logits, positions in ((start, starts), (end, ends))
+            ]
+            loss = (losses[0] + losses[1]) / 2
         return QuestionAnsweringOutput(loss, start, end, encoded.hidden_states, encoded.attentions)
 
-    def span_loss(self, logits: Tensor, positions: Tensor, keep: Tensor | None) -> Tensor:
+    def span_loss(self, logits: Tensor, positions: Tensor, keep: Tensor | None, divisor: float | None = None) -> Tensor:
         """Cross-entropy over the positions of the text; a target outside it is ignored.
 
         logits (batch_size, seq_len), positions (batch_size,), keep (batch_size, seq_len) bool.
@@ -320,4 +383,5 @@ class BertForQuestionAnswering(Head):
             inside = F.pad(keep, (0, 1)).gather(1, positions[:, None]).squeeze(1)
             positions = positions.masked_fill(~inside, ignored)
             logits = logits.masked_fill(~keep, torch.finfo(logits.dtype).min)
-        return F.cross_entropy(logits, positions, ignore_index=ignored)
+        count = (positions != ignored).sum().clamp(min=1) if divisor is None else divisor
+        return F.cross_entropy(logits, positions, ignore_index=ignored, reduction="sum") / count

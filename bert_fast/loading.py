@@ -10,7 +10,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -311,33 +311,45 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
     Raises:
         ValueError: `directory` is a file.
     """
-    from safetensors.torch import save_file
-
     directory = Path(directory).expanduser().resolve()
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file, expected a folder")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = [aliases[0] for aliases in _tied(parameters)]
-    weights = {name: parameters[name].detach().cpu().contiguous() for name in names}
-    config = cast(BertConfig, model.config).to_dict()
-    config.pop("torch_dtype", None)  # the older name of the same thing
-    config |= {"architectures": [type(model).__name__], "dtype": _dtype_name(next(iter(weights.values())).dtype)}
-
     building = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.saving")
     building.mkdir()
     try:
         if directory.is_dir():
             _copy_other_files(directory, building)
-        (building / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file(weights, building / WEIGHTS_FILE, metadata={"format": "pt"})
-        shutil.copymode(building / CONFIG_FILE, building / WEIGHTS_FILE)  # safetensors lets only the owner read it
+        write_files(model, building)
         for path in (building / WEIGHTS_FILE, building / CONFIG_FILE, building):
             _fsync(path)
         _put_in_place(building, directory)
         _fsync(directory.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def write_files(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write `config.json` and `model.safetensors` into a folder that is there.
+
+    Args:
+        model: as in `save_pretrained`; a subclass goes by the name of ours.
+        folder: where to.
+        state: the weights by name, where the model has only a shard of them.
+    """
+    from safetensors.torch import save_file
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = [aliases[0] for aliases in _tied(parameters)]
+    values = parameters if state is None else state
+    weights = {name: values[name].detach().cpu().contiguous() for name in names}
+    ours = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("bert_fast."))
+    config = cast(BertConfig, model.config).to_dict()
+    config.pop("torch_dtype", None)  # the older name of the same thing
+    config |= {"architectures": [ours.__name__], "dtype": _dtype_name(next(iter(weights.values())).dtype)}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors lets only the owner read it
 
 
 def _copy_other_files(source: Path, target: Path) -> None:

@@ -51,6 +51,13 @@ class Ragged:
             max_seqlen=int(lengths.max()) if lengths.numel() else 0,
         )
 
+    def first(self) -> tuple[Tensor, Tensor]:
+        """Of each sequence, (batch_size,): the number of its first token, int64, and whether it has none.
+
+        There must be a token; an empty sequence is given some other's.
+        """
+        return self.cu_seqlens[:-1].long().clamp(max=self.input_ids.shape[0] - 1), self.cu_seqlens.diff() == 0
+
 
 @dataclass(frozen=True)
 class Padding:

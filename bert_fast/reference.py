@@ -187,8 +187,11 @@ class BertModel(nn.Module):
         )
         return output.to_tuple() if return_dict is False else output
 
-    def encode_batch(self, inputs: BertInputs) -> Encoded:
-        """The hidden rows of a batch, here padded as the caller gave it."""
+    def encode_batch(self, inputs: BertInputs, pooled_only: bool = False) -> Encoded:
+        """The hidden rows of a batch, here padded as the caller gave it.
+
+        `pooled_only` says that nobody will read them, but the pooler's output alone.
+        """
         batch = inputs.checked(self.config)
         words = self.embeddings.word_embeddings(batch.input_ids) if batch.inputs_embeds is None else batch.inputs_embeds
         hidden = self.embeddings(words, batch.token_type_ids, batch.position_ids)

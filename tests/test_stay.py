@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, parts, report, tables
-from benchmarks.cases import MODELS, QUICK_KERNELS
+from benchmarks.cases import MODELS, QUICK_KERNELS, QUICK_TRAINING
 from benchmarks.parts import Ended, Job, Part, run_part, run_within
 from benchmarks.processes import ROOT
 
@@ -185,13 +185,15 @@ def test_the_whole_stay_in_small(tmp_path: Path) -> None:
     assert [(part["name"], part["ok"]) for part in stay["parts"]] == [
         ("tests", True),
         ("kernels", True),
+        ("train", True),
         ("encoder", True),
         ("sanitizer", None),
     ]
     assert "6 passed" in stay["parts"][0]["outcome"]
     assert len(report.read(tmp_path / "kernels.json")["kernels"]) == len(QUICK_KERNELS)
     assert [row["case"] for row in report.read(tmp_path / "encoder.json")["rows"]] == list(MODELS["tiny"].cases)
-    written = {f"{stem}.{kind}" for stem in ("gpu", "encoder", "kernels") for kind in ("json", "md")}
+    assert len(report.read(tmp_path / "train.json")["train"]) == len(QUICK_TRAINING)
+    written = {f"{stem}.{kind}" for stem in ("gpu", "encoder", "kernels", "train") for kind in ("json", "md")}
     assert {file.name for file in tmp_path.iterdir()} == {*written, "encoder-ratios.svg", "encoder-roofline.svg"}
     assert "| not measured |" in (tmp_path / "gpu.md").read_text()
     assert "sanitizer: not run: there is no GPU" in stay["left_out"]
@@ -277,5 +279,5 @@ def test_the_stay_does_not_select_its_own_tests() -> None:
     done = subprocess.run([*command, "--collect-only", "-qq"], cwd=ROOT, capture_output=True, text=True)
     chosen = [line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line]
     assert {"tests/ops/test_attention.py", "tests/ops/test_pooling.py", "tests/test_packing.py"} <= set(chosen)
-    others = ("stay", "targets", "crew", "workloads", "triton_compile", "packing_compile")
+    others = ("stay", "targets", "crew", "workloads", "train_benchmark", "triton_compile", "packing_compile")
     assert not set(chosen) & {f"tests/test_{name}.py" for name in others}

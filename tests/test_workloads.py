@@ -53,8 +53,11 @@ def test_kernels_are_several_times_the_cache() -> None:
         assert kernels.work(case).bytes >= 200e6, case  # an H200 has 60 MB
 
 
-@pytest.mark.parametrize("case", QUICK_KERNELS, ids=lambda case: f"{case.op}-{case.case}")
-@pytest.mark.parametrize("name", ["torch", "bert_fast"])
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [(case, name) for case in QUICK_KERNELS for name in kernels.contenders(case, ["torch", "bert_fast"])],
+    ids=lambda value: value if isinstance(value, str) else f"{value.op}-{value.case}",
+)
 def test_a_kernel_contender_gives_the_answer(case: KernelCase, name: str) -> None:
     runner = kernels.Runner(name, "cpu")
     with torch.inference_mode():
@@ -76,6 +79,9 @@ def test_work_of_kernels_by_hand() -> None:
     attention_work = kernels.work(KernelCase("attention", "2x8", width=128))
     assert (attention_work.flops, attention_work.bytes) == (4 * 128 * 2 * 64, 4 * 16 * 128 * 2)
     norm = kernels.work(KernelCase("residual_layer_norm", "2x8", width=128))
+    gradient = kernels.work(KernelCase("attention_backward", "2x8", width=128, dropout_p=0.1))
+    assert (gradient.flops, gradient.bytes) == (10 * 128 * 2 * 64, 8 * 16 * 128 * 2)
+    assert gradient.case == "2x8, width 128, dropout 0.1"
     assert (norm.flops, norm.bytes, norm.case) == (0, 3 * 16 * 128 * 2, "2x8, width 128")
     assert kernels.work(KernelCase("pooling", "2x8", width=128)).bytes == (16 + 2) * 128 * 2
     assert kernels.work(KernelCase("bias_gelu", "2x8", "float32", 128)).bytes == 2 * 16 * 128 * 4

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_fast import activation, ops
-from bert_fast.checks import is_recorded
+from bert_fast.checks import is_recorded, is_transformed
 from bert_fast.engine.cpu import ACTIVATIONS, LINEAR_MODULES, PackedEngine, TorchEngine, embedding_tables, prefers_torch
 from bert_fast.engine.fingerprint import fingerprint
 from bert_fast.engine.gpu import MAX_HEAD_DIM, GpuEngine
@@ -144,8 +144,7 @@ def serving(
 
 
 def _is_looked_at(device_type: str) -> bool:
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func; it has no public name
-    looked_at = transformed or ops.forward_ad_is_on() or torch.is_autocast_enabled(device_type)
+    looked_at = is_transformed() or ops.forward_ad_is_on() or torch.is_autocast_enabled(device_type)
     return looked_at or torch.compiler.is_compiling() or is_recorded()
 
 

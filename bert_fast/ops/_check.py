@@ -58,7 +58,13 @@ def choice(op: str, name: str, value: str, allowed: Iterable[str]) -> None:
         raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(allowed)}")
 
 
-def probability(op: str, name: str, value: float) -> None:
-    """`value` is in [0, 1]."""
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{op}: {name} is {value}, expected a probability")
+def dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
+    """`dropout_p` is in [0, 1], and `seed`, without which there is no dropout, an int64 scalar on the CPU."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p}, expected a probability")
+    if seed is not None and (seed.dtype != torch.int64 or seed.dim() != 0 or seed.device.type != "cpu"):
+        raise ValueError(
+            f"{op}: seed is {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}, expected an int64 scalar on cpu"
+        )
+    if dropout_p > 0 and seed is None:
+        raise ValueError(f"{op}: dropout_p is {dropout_p} without a seed")

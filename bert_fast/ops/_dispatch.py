@@ -11,11 +11,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from bert_fast.checks import is_transformed
+from bert_fast.ops._autograd import Differentiable, Gradient, register, register_training
 
 #: Name of the plain definition among the implementations of an op.
 REFERENCE = "reference"
@@ -34,6 +38,7 @@ class Traits(NamedTuple):
 
     head_dim: int = 0  # attention only
     bias: bool = False  # attention only
+    half: bool = False  # residual_layer_norm only: x is float16
     dropout: bool = False
     forward_ad: bool = False  # forward-mode derivatives are wanted
 
@@ -54,6 +59,7 @@ class Impl:
         load: returns the callable; runs once, on first use; raises ImportError with the reason when it cannot.
         limits: why it refuses the given traits, or None.
         validates: it raises ValueError by itself for what the op's `check` refuses.
+        load_training: returns what has the launchers that the op's `Gradient` calls, if there is one.
     """
 
     name: str
@@ -62,6 +68,7 @@ class Impl:
     load: Callable[[], Callable[..., Any]]
     limits: Callable[[Traits], str | None] = lambda traits: None
     validates: bool = False
+    load_training: Callable[[], Any] | None = None
 
     def refusal(self, device: str, dtype: torch.dtype, traits: Traits) -> str | None:
         """Why this implementation does not serve the call, or None when it does."""
@@ -71,7 +78,7 @@ class Impl:
             return f"takes {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, not {dtype}".replace(
                 "torch.", ""
             )
-        if traits.dropout:
+        if traits.dropout and self.load_training is None:
             return "has no dropout"
         if traits.forward_ad:
             return "has no forward-mode derivative"
@@ -92,6 +99,7 @@ class Selection:
     run: Callable[..., Any]
     refusals: tuple[tuple[str, str], ...]
     validates: bool = False
+    training: Any = None
 
 
 class Op:
@@ -106,6 +114,8 @@ class Op:
         impls: fused implementations, best first; each takes the same arguments.
         lead: index of the tensor argument whose device and dtype decide.
         traits: takes the same arguments and returns what else decides.
+        gradient: how implementations with launchers for training are differentiated. The gradient of others is that of
+            the reference, by recomputation.
     """
 
     def __init__(
@@ -118,6 +128,7 @@ class Op:
         impls: Sequence[Impl],
         lead: int = 0,
         traits: Callable[..., Traits] = lambda *args: Traits(),
+        gradient: Gradient | None = None,
     ) -> None:
         self.name = name
         self.reference = reference
@@ -125,22 +136,34 @@ class Op:
         self.impls = tuple(impls)
         self.lead = lead
         self.traits = traits
+        self.gradient = gradient
         self._selections: dict[tuple[Any, ...], Selection] = {}
-        self._registered = _register(self, schema, fake)
+        self._registered = register(self, schema, fake)
+        self._registered_training = None if gradient is None else register_training(self, gradient, schema, fake)
 
     def __call__(self, *args: Any, impl: str | None = None, out: Tensor | None = None) -> Tensor:
         """Run the op on the best implementation, or on the one named; differentiable unless it writes into `out`."""
         if out is not None:
             return self._write(args, impl, out)
-        if torch.compiler.is_compiling() and impl is None:
-            return self.reference(*args) if self.traits(*args).dropout else self._registered(*args)
-        selection = self._selection_for(args, impl)
         recorded = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if torch.compiler.is_compiling() and impl is None:
+            dropout = self.traits(*args).dropout
+            if self._registered_training is not None and (recorded or dropout):
+                return self._registered_training(*args)[0]
+            return self.reference(*args) if dropout else self._registered(*args)
+        selection = self.selection_for(args, impl)
         if recorded and selection.name != REFERENCE:
-            return _Differentiable.apply(self, selection, *args)
-        return self._run(selection, args)
+            gradient = None if is_transformed() else self.differentiates(selection, args)
+            return Differentiable.apply(self, selection, gradient, *args)[0]
+        return self.run(selection, args)
 
-    def _selection_for(self, args: Sequence[Any], impl: str | None = None) -> Selection:
+    def differentiates(self, selection: Selection, args: Sequence[Any]) -> Gradient | None:
+        """The fused gradient that serves these arguments, or None where the definition is recomputed."""
+        gradient = self.gradient
+        return gradient if gradient is not None and selection.training and gradient.serves(*args) else None
+
+    def selection_for(self, args: Sequence[Any], impl: str | None = None) -> Selection:
+        """The implementation that serves these arguments; `check` has seen them if it is a new kind of them."""
         lead, traits = args[self.lead], self.traits(*args)
         if forward_ad_is_on():
             traits = traits._replace(forward_ad=True)
@@ -151,13 +174,27 @@ class Op:
             selection = self.select(*key)
         return selection
 
-    def _run(self, selection: Selection, args: Sequence[Any], **out: Tensor) -> Tensor:
+    def run(self, selection: Selection, args: Sequence[Any], **out: Tensor) -> Tensor:
+        """The result, on the implementation selected."""
+        if selection.name != REFERENCE and self.traits(*args).dropout:
+            return self.run_training(selection, self.differentiates(selection, args), args)[0]
+        return self._checked(selection, selection.run, args, **out)
+
+    def run_training(self, selection: Selection, gradient: Gradient | None, args: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The result, and what the backward wants: nothing without a fused gradient, which recomputes."""
+        if gradient is not None:
+            return self._checked(selection, partial(gradient.forward, selection.training), args)
+        if self.traits(*args).dropout:
+            return (self._checked(selection, self.reference, args),)
+        return (self.run(selection, args),)
+
+    def _checked(self, selection: Selection, run: Callable[..., Any], args: Sequence[Any], **out: Tensor) -> Any:
         """Run checked arguments: a validating implementation looks at them itself, which takes less time."""
         if not selection.validates:
             self.check(*args)
-            return selection.run(*args, **out)
+            return run(*args, **out)
         try:
-            return selection.run(*args, **out)
+            return run(*args, **out)
         except ValueError:
             self.check(*args)  # raises the same in words that do not depend on the implementation
             raise
@@ -171,10 +208,10 @@ class Op:
             )
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in (*args, out)):
             raise ValueError(f"{self.name}: out is given, but gradients are to be recorded")
-        selection = self._selection_for(args, impl)
-        if selection.name == REFERENCE:
-            return out.copy_(self._run(selection, args))
-        return self._run(selection, args, out=out)
+        selection = self.selection_for(args, impl)
+        if selection.name == REFERENCE or self.traits(*args).dropout:
+            return out.copy_(self.run(selection, args))
+        return self.run(selection, args, out=out)
 
     def select(self, device: str, dtype: torch.dtype, traits: Traits = Traits(), impl: str | None = None) -> Selection:
         """The implementation that serves `device` (a type: "cpu", "cuda"), `dtype` and `traits`.
@@ -200,7 +237,8 @@ class Op:
             elif reason := impl.refusal(device, dtype, traits):
                 refusals.append((impl.name, reason))
             else:
-                return Selection(impl.name, impl.load(), tuple(refusals), impl.validates)
+                training = impl.load_training() if impl.load_training else None
+                return Selection(impl.name, impl.load(), tuple(refusals), impl.validates, training)
         if wanted in (None, REFERENCE):
             if wanted is None:
                 self._warn_of_refusals(device, dtype, refusals)
@@ -252,87 +290,3 @@ def extension() -> Any | None:
     except ImportError:
         return None
     return _C
-
-
-class _Differentiable(torch.autograd.Function):
-    """A fused forward with the gradient of the definition: the backward recomputes the reference."""
-
-    @staticmethod
-    def forward(op: Op, selection: Selection, *args: Any) -> Tensor:
-        return op._run(selection, args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.op, _, *args = inputs
-        _save_arguments(ctx, args)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *_reference_backward(ctx.op, grad, _saved_arguments(ctx), ctx.needs_input_grad[2:]))
-
-
-def _save_arguments(ctx: Any, args: Sequence[Any]) -> None:
-    """Keep an op's arguments for its backward: tensors as autograd wants them kept, the rest as they are."""
-    ctx.others = [None if isinstance(a, Tensor) else a for a in args]
-    ctx.is_tensor = [isinstance(a, Tensor) for a in args]
-    ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
-
-
-def _saved_arguments(ctx: Any) -> list[Any]:
-    saved = iter(ctx.saved_tensors)
-    return [next(saved) if t else other for t, other in zip(ctx.is_tensor, ctx.others, strict=True)]
-
-
-def _reference_backward(op: Op, grad: Tensor, args: Sequence[Any], needed: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients of `op.reference` at `args`, one per argument, None where not `needed`."""
-    wanted = [index for index, need in enumerate(needed) if need]
-
-    def of_wanted(*tensors: Tensor) -> Tensor:
-        full = list(args)
-        for index, tensor in zip(wanted, tensors, strict=True):
-            full[index] = tensor
-        return op.reference(*full)
-
-    # torch.func, not autograd.grad: inside a registered op the autograd dispatch keys are switched off.
-    _, vjp, *_ = torch.func.vjp(of_wanted, *(args[index] for index in wanted))
-    grads = iter(vjp(grad))
-    return [next(grads) if need else None for need in needed]
-
-
-def _register(op: Op, schema: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Register `bert_fast::<name>` and its backward, opaque to `torch.compile`, and return the op."""
-
-    def forward(*args: Any) -> Tensor:
-        return op._run(op._selection_for(args), args)
-
-    registered = torch.library.custom_op(f"bert_fast::{op.name}", forward, mutates_args=(), schema=schema)
-    registered.register_fake(fake)
-
-    arguments = schema[: schema.rindex("->")].strip()
-    backward_schema = f"(Tensor grad, {arguments[1:]} -> Tensor[]"
-
-    def differentiable(args: Sequence[Any]) -> list[bool]:
-        return [isinstance(a, Tensor) and a.is_floating_point() for a in args]
-
-    def backward(grad: Tensor, *args: Any) -> list[Tensor]:
-        grads = _reference_backward(op, grad, args, differentiable(args))
-        return [g.clone() for g in grads if g is not None]  # a registered op may not return one tensor twice
-
-    registered_backward = torch.library.custom_op(
-        f"bert_fast::{op.name}_backward", backward, mutates_args=(), schema=backward_schema
-    )
-
-    @registered_backward.register_fake
-    def _(grad: Tensor, *args: Any) -> list[Tensor]:
-        return [torch.empty_like(a) for a, need in zip(args, differentiable(args), strict=True) if need]
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save_arguments(ctx, inputs)
-
-    def run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        args = _saved_arguments(ctx)
-        grads = iter(registered_backward(grad, *args))
-        return tuple(next(grads) if need else None for need in differentiable(args))
-
-    registered.register_autograd(run_backward, setup_context=setup_context)
-    return registered

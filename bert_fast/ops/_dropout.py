@@ -21,7 +21,7 @@ _LOW = 0xFFFFFFFF
 
 def draw_seeds(count: int) -> Tensor:
     """`count` fresh seeds, (count,) int64 on the CPU, from torch's default generator (`torch.manual_seed`)."""
-    return torch.empty(count, dtype=torch.int64).random_()
+    return torch.randint(2**63 - 1, (count,), dtype=torch.int64)
 
 
 def threshold(dropout_p: float) -> int:
@@ -37,15 +37,17 @@ def kept_scale(dropout_p: float) -> float:
     return 256 / (256 - dropped) if dropped < 256 else 0.0
 
 
-def dropout(x: Tensor, dropout_p: float, seed: Tensor | None, rows: Tensor | None = None, plane: int = 0) -> Tensor:
+def dropout(
+    x: Tensor, dropout_p: float, seed: Tensor | None, rows: Tensor | None = None, plane: Tensor | int = 0
+) -> Tensor:
     """x, with elements zeroed with probability `threshold(dropout_p) / 256` and the others scaled up.
 
     Args:
         x: (..., columns).
         dropout_p: the probability; 0 gives x itself.
         seed: int64 scalar; not read where dropout_p is 0.
-        rows: one number for each row of x; when not given the rows are numbered from 0.
-        plane: another number that the mask depends on; attention's heads.
+        rows: a number for each row of x; when not given the rows are numbered from 0.
+        plane: another number that the mask depends on, attention's heads; rows and plane broadcast to x's rows.
 
     Raises:
         ValueError: dropout_p is not 0 and there is no seed.
@@ -55,19 +57,19 @@ def dropout(x: Tensor, dropout_p: float, seed: Tensor | None, rows: Tensor | Non
     if seed is None:
         raise ValueError(f"dropout_p is {dropout_p} without a seed")
     if rows is None:
-        rows = torch.arange(x[..., 0].numel(), device=x.device).view(x.shape[:-1])
+        rows = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
     keep = random_bytes(seed, rows, x.shape[-1], plane) >= threshold(dropout_p)
     return torch.where(keep, x * kept_scale(dropout_p), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def random_bytes(seed: Tensor, rows: Tensor, columns: int, plane: int = 0) -> Tensor:
+def random_bytes(seed: Tensor, rows: Tensor, columns: int, plane: Tensor | int = 0) -> Tensor:
     """(*rows.shape, columns) int64 in [0, 256): element c of row r is byte c % 16 of the call numbered (c // 16, r).
 
     Args:
         seed: int64 scalar, the key.
         rows: int64, the numbers of the rows, not negative.
         columns: how many.
-        plane: the last word of the counter.
+        plane: the last word of the counter; broadcasts with `rows`.
     """
     blocks = -(-columns // COLUMNS)
     words = philox(
@@ -75,7 +77,7 @@ def random_bytes(seed: Tensor, rows: Tensor, columns: int, plane: int = 0) -> Te
         torch.arange(blocks, device=rows.device),
         (rows & _LOW)[..., None],
         (rows >> 32)[..., None],
-        torch.tensor(plane, device=rows.device),
+        torch.as_tensor(plane, device=rows.device)[..., None],
     )  # each (..., blocks)
     shifts = torch.arange(0, 32, 8, device=rows.device)
     chosen = torch.stack(torch.broadcast_tensors(*words), -1)[..., None] >> shifts & 255  # (..., blocks, 4 words, 4)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bert_fast.ops import _check
-from bert_fast.ops._dispatch import Impl, Op, Traits
+from bert_fast.ops._autograd import Gradient
+from bert_fast.ops._dispatch import Impl, Op, Traits, extension
+from bert_fast.ops._dropout import draw_seeds, dropout
 
 _SHAPES = "(batch_size, seq_len, heads, head_dim), or (num_tokens, heads, head_dim) with cu_seqlens"
 
@@ -26,19 +27,31 @@ def reference(
     dropout_p: float,
     bias: Tensor | None = None,
     schedule: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """The definition: ragged with `cu_seqlens`, padded without. A query or key that the mask hides takes no part."""
     if cu_seqlens is None:
-        return _attend(q, k, v, attention_mask, scale, dropout_p, bias)
+        return _attend(q, k, v, attention_mask, scale, dropout_p, bias, seed)
     bounds = _check.sequence_bounds("attention", cu_seqlens, q.shape[0])
-    rows = [_attend(q[a:b], k[a:b], v[a:b], None, scale, dropout_p, bias) for a, b in bounds]
+    rows = [_attend(q[a:b], k[a:b], v[a:b], None, scale, dropout_p, bias, seed, a) for a, b in bounds]
     return torch.cat(rows) if rows else torch.zeros_like(q)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float, dropout_p: float, bias: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    first_token: int = 0,
 ) -> Tensor:
-    """(..., seq_len, heads, head_dim) -> the same; `keep` is (..., seq_len), True where a token is."""
+    """(..., seq_len, heads, head_dim) -> the same; `keep` is (..., seq_len), True where a token is.
+
+    `first_token` is the number of the first query among all tokens.
+    """
     if keep is not None:
         hidden = ~keep[..., None, None]
         q, k, v = (t.masked_fill(hidden, 0.0) for t in (q, k, v))  # whatever stands there reaches no sum, no gradient
@@ -47,7 +60,10 @@ def _attend(
     if keep is not None:
         # The lowest finite number, not -inf: a row with nothing to attend to stays finite, and its values are zero.
         scores = scores.masked_fill(~keep[..., None, None, :], torch.finfo(scores.dtype).min)
-    out = (F.dropout(torch.softmax(scores, dim=-1), dropout_p) @ v).transpose(-3, -2)
+    tokens = torch.arange(q[..., 0, :, 0].numel(), device=q.device).view(*q.shape[:-3], 1, q.shape[-2]) + first_token
+    planes = torch.arange(q.shape[-3], device=q.device)[:, None]
+    probabilities = dropout(torch.softmax(scores, dim=-1), dropout_p, seed, tokens, planes)
+    out = (probabilities @ v).transpose(-3, -2)
     return (out if keep is None else out.masked_fill(hidden, 0.0)).contiguous()
 
 
@@ -68,6 +84,7 @@ def check(
     dropout_p: float,
     bias: Tensor | None = None,
     schedule: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> None:
     """ValueError for shapes, dtypes or devices that no implementation takes."""
     _check.same_kind("attention", q=q, k=k, v=v)
@@ -87,7 +104,7 @@ def check(
             raise ValueError(f"attention: attention_mask is {attention_mask.dtype}, expected bool (True = attend)")
         if attention_mask.device != q.device:
             raise ValueError(f"attention: attention_mask is on {attention_mask.device} but q is on {q.device}")
-    _check.probability("attention", "dropout_p", dropout_p)
+    _check.dropout("attention", dropout_p, seed)
     if bias is not None:
         check_bias("attention", bias, q, max_seqlen)
     if schedule is not None:
@@ -127,6 +144,7 @@ def fake(
     dropout_p: float,
     bias: Tensor | None = None,
     schedule: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Shape and dtype of the result."""
     return q.new_empty(q.shape)
@@ -135,7 +153,7 @@ def fake(
 def _load_triton() -> Callable[..., Tensor]:
     from bert_fast.kernels.attention import attention
 
-    return attention
+    return lambda *args, **out: attention(*args[:10], **out)
 
 
 def _load_cpp() -> Callable[..., Tensor]:
@@ -144,7 +162,7 @@ def _load_cpp() -> Callable[..., Tensor]:
     run: Callable[..., Tensor] = _C.attention
 
     def attention(*args: Any, out: Tensor | None = None) -> Tensor:
-        return run(*args[:8], out=out)  # without bias, which it refuses, and schedule, which is for GPUs
+        return run(*args[:8], out=out)  # without bias, which it refuses, schedule, which is for GPUs, and seed
 
     return attention
 
@@ -157,18 +175,52 @@ def _triton_limits(traits: Traits) -> str | None:
     return None if traits.head_dim <= 256 else f"takes head_dim up to 256, not {traits.head_dim}"
 
 
+def _forward(launchers: Any, *args: Any) -> tuple[Tensor, ...]:
+    out: tuple[Tensor, ...] = launchers.attention_train(*args)
+    return out
+
+
+def _backward(
+    launchers: Any, grad: Tensor, result: Tensor | None, saved: Sequence[Tensor], args: Sequence[Any], needed: Any
+) -> Sequence[Tensor | None]:
+    q, k, v, *others = args
+    grads = launchers.attention_backward(grad, q, k, v, result, *saved, *others)
+    return (*grads, *(None for _ in others))
+
+
+def _saved(q: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """log sum exp of the scores of each query and head."""
+    return (q.new_empty(q.shape[:-1], dtype=torch.float32),)
+
+
 OP = Op(
     "attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, SymInt max_seqlen, Tensor? attention_mask, float scale,"
-    " float dropout_p, Tensor? bias, Tensor? schedule) -> Tensor",
+    " float dropout_p, Tensor? bias, Tensor? schedule, Tensor? seed) -> Tensor",
     reference=reference,
     fake=fake,
     check=check,
     impls=(
         Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton, _triton_limits),
-        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, _cpp_limits, validates=True),
+        Impl(
+            "cpp",
+            "cpu",
+            (torch.float32, torch.bfloat16),
+            _load_cpp,
+            _cpp_limits,
+            validates=True,
+            load_training=extension,
+        ),
     ),
     traits=lambda *args: Traits(head_dim=args[0].shape[-1], dropout=args[7] > 0, bias=args[8] is not None),
+    gradient=Gradient(
+        _forward,
+        _backward,
+        _saved,
+        reads=(0, 1, 2, 3, 5, 9, 10),
+        reads_result=True,
+        serves=lambda *args: args[8] is None,
+    ),
 )
 
 
@@ -184,6 +236,7 @@ def attention(
     dropout_p: float = 0.0,
     bias: Tensor | None = None,
     schedule: Tensor | None = None,
+    seed: Tensor | None = None,
     impl: str | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -197,10 +250,12 @@ def attention(
             the device. On a GPU the result of a longer sequence is undefined.
         attention_mask: (batch_size, seq_len) bool, True for the tokens there are, for the padded form; any pattern.
         scale: factor of the scores; 1 / sqrt(head_dim) when not given.
-        dropout_p: probability of zeroing an attention probability; 0 in evaluation.
+        dropout_p: probability of zeroing an attention probability, rounded to a 256th; 0 in evaluation.
         bias: (heads, at least max_seqlen, at least max_seqlen) of q's dtype, any strides: [head, i, j] is added to the
             scaled score of query i and key j of a sequence, as relative positions want it. Triton and the definition.
         schedule: what `attention_schedule` gave; the result is the same without.
+        seed: int64 scalar on the CPU, of which dropout's mask is a function; drawn from torch's generator when not
+            given.
         impl: force "triton", "cpp" or "reference"; ValueError when it cannot serve the call.
         out: where the result goes, without gradients: contiguous, of its shape and dtype;
             shares no memory with q, k and v.
@@ -219,7 +274,10 @@ def attention(
     elif max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return OP(q, k, v, cu_seqlens, max_seqlen, attention_mask, scale, dropout_p, bias, schedule, impl=impl, out=out)
+    if dropout_p > 0 and seed is None:
+        seed = draw_seeds(1)[0]
+    args = (q, k, v, cu_seqlens, max_seqlen, attention_mask, scale, dropout_p, bias, schedule, seed)
+    return OP(*args, impl=impl, out=out)
 
 
 def attention_schedule(q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor | None:

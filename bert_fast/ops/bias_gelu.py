@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bert_fast.ops import _check
-from bert_fast.ops._dispatch import Impl, Op
+from bert_fast.ops._autograd import Gradient
+from bert_fast.ops._dispatch import Impl, Op, extension
 
 APPROXIMATIONS = ("none", "tanh")
 
@@ -45,6 +47,16 @@ def _load_cpp() -> Callable[..., Tensor]:
     return bias_gelu
 
 
+def _forward(launchers: Any, *args: Any) -> tuple[Tensor, ...]:
+    return (launchers.bias_gelu(*args),)
+
+
+def _backward(
+    launchers: Any, grad: Tensor, result: Tensor | None, saved: Sequence[Tensor], args: Sequence[Any], needed: Any
+) -> Sequence[Tensor | None]:
+    return (*launchers.bias_gelu_backward(grad, *args), None)
+
+
 OP = Op(
     "bias_gelu",
     "(Tensor x, Tensor bias, str approximate) -> Tensor",
@@ -53,8 +65,9 @@ OP = Op(
     check=check,
     impls=(
         Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton),
-        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True),
+        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True, load_training=extension),
     ),
+    gradient=Gradient(_forward, _backward, reads=(0, 1)),
 )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from bert_fast.checks import ids_in_range
 from bert_fast.ops import _check
-from bert_fast.ops._dispatch import Impl, Op, Traits
+from bert_fast.ops._autograd import Gradient
+from bert_fast.ops._dispatch import Impl, Op, Traits, extension
+from bert_fast.ops._dropout import draw_seeds, dropout
 
 
 def reference(
@@ -25,6 +28,7 @@ def reference(
     eps: float,
     dropout_p: float,
     padding_idx: int | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """The definition."""
     hidden = (
@@ -32,7 +36,7 @@ def reference(
         + F.embedding(token_type_ids, token_type_embeddings)
         + F.embedding(position_ids, position_embeddings)
     )
-    return F.dropout(F.layer_norm(hidden, hidden.shape[-1:], weight, layer_norm_bias, eps), dropout_p)
+    return dropout(F.layer_norm(hidden, hidden.shape[-1:], weight, layer_norm_bias, eps), dropout_p, seed)
 
 
 def check(
@@ -47,6 +51,7 @@ def check(
     eps: float,
     dropout_p: float,
     padding_idx: int | None = None,
+    seed: Tensor | None = None,
 ) -> None:
     """ValueError for shapes, dtypes, devices or ids that no implementation takes."""
     op = "embedding_layer_norm"
@@ -73,7 +78,7 @@ def check(
             raise ValueError(f"{op}: {name} is on {ids.device} but its table is on {table.device}")
         _check.shape(op, name, ids, input_ids.shape)
         ids_in_range(name, ids, table.shape[0])
-    _check.probability(op, "dropout_p", dropout_p)
+    _check.dropout(op, dropout_p, seed)
 
 
 def fake(
@@ -88,13 +93,14 @@ def fake(
     eps: float,
     dropout_p: float,
     padding_idx: int | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Shape and dtype of the result."""
     return word_embeddings.new_empty((*input_ids.shape, word_embeddings.shape[1]))
 
 
 def _forward_only(fused: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A kernel without `padding_idx`, which only the gradient depends on."""
+    """A kernel without `padding_idx`, which only the gradient depends on, and without the seed of dropout."""
     return lambda *args: fused(*args[:10])
 
 
@@ -110,20 +116,41 @@ def _load_cpp() -> Callable[..., Tensor]:
     return _forward_only(embedding_layer_norm)
 
 
+def _forward(launchers: Any, *args: Any) -> tuple[Tensor, ...]:
+    out: tuple[Tensor, ...] = launchers.embedding_layer_norm_train(*args[:10], args[11])
+    return out
+
+
+def _backward(
+    launchers: Any, grad: Tensor, result: Tensor | None, saved: Sequence[Tensor], args: Sequence[Any], needed: Any
+) -> Sequence[Tensor | None]:
+    *ids, word, position, token_type, weight, _, _, dropout_p, padding_idx, seed = args
+    rows = (table.shape[0] for table in (word, position, token_type))
+    grads = launchers.embedding_layer_norm_backward(grad, *ids, *saved, weight, *rows, dropout_p, seed, padding_idx)
+    return (None, None, None, *grads, None, None, None, None)
+
+
+def _saved(input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor, word: Tensor, *others: Any) -> Any:
+    """The rows before gain and bias, and one over the deviation of each."""
+    shape = (*input_ids.shape, word.shape[1])
+    return word.new_empty(shape), word.new_empty(input_ids.numel(), dtype=torch.float32)
+
+
 OP = Op(
     "embedding_layer_norm",
     "(Tensor input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word_embeddings,"
     " Tensor position_embeddings, Tensor token_type_embeddings, Tensor weight, Tensor layer_norm_bias,"
-    " float eps, float dropout_p, int? padding_idx=None) -> Tensor",
+    " float eps, float dropout_p, int? padding_idx, Tensor? seed) -> Tensor",
     reference=reference,
     fake=fake,
     check=check,
     impls=(
         Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton),
-        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True),
+        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True, load_training=extension),
     ),
     lead=3,
     traits=lambda *args: Traits(dropout=args[9] > 0),
+    gradient=Gradient(_forward, _backward, _saved, reads=(0, 1, 2, 6, 11)),
 )
 
 
@@ -140,6 +167,7 @@ def embedding_layer_norm(
     eps: float = 1e-12,
     dropout_p: float = 0.0,
     padding_idx: int | None = None,
+    seed: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])).
@@ -149,8 +177,9 @@ def embedding_layer_norm(
         word_embeddings, position_embeddings, token_type_embeddings: (rows, hidden_size) tables.
         weight, layer_norm_bias: (hidden_size,), gain and bias of the LayerNorm.
         eps: added to the variance.
-        dropout_p: probability of zeroing an element of the result; 0 in evaluation.
+        dropout_p: probability of zeroing an element of the result, rounded to a 256th; 0 in evaluation.
         padding_idx: row of `word_embeddings` that gets no gradient, as in `torch.nn.Embedding`.
+        seed: int64 scalar on the CPU, of which the mask is a function; drawn from torch's generator when not given.
         impl: force "triton", "cpp" or "reference"; ValueError when it cannot serve the call.
 
     Returns:
@@ -160,6 +189,8 @@ def embedding_layer_norm(
         ValueError: an id is outside its table (the message gives its index and value), or shapes, dtypes or devices
             do not match.
     """
+    if dropout_p > 0 and seed is None:
+        seed = draw_seeds(1)[0]
     return OP(
         input_ids,
         position_ids,
@@ -172,5 +203,6 @@ def embedding_layer_norm(
         eps,
         dropout_p,
         padding_idx,
+        seed,
         impl=impl,
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bert_fast.ops import _check
-from bert_fast.ops._dispatch import Impl, Op
+from bert_fast.ops._autograd import Gradient
+from bert_fast.ops._dispatch import Impl, Op, extension
 
 #: The names that sentence-transformers gives the modes in its `pooling_mode`.
 MODES = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean")
@@ -66,6 +68,16 @@ def _load_cpp() -> Callable[..., Tensor]:
     return pooling
 
 
+def _forward(launchers: Any, *args: Any) -> tuple[Tensor, ...]:
+    return (launchers.pooling(*args),)
+
+
+def _backward(
+    launchers: Any, grad: Tensor, result: Tensor | None, saved: Sequence[Tensor], args: Sequence[Any], needed: Any
+) -> Sequence[Tensor | None]:
+    return launchers.pooling_backward(grad, *args), None, None
+
+
 OP = Op(
     "pooling",
     "(Tensor hidden, Tensor cu_seqlens, str mode) -> Tensor",
@@ -74,8 +86,9 @@ OP = Op(
     check=check,
     impls=(
         Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton),
-        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True),
+        Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True, load_training=extension),
     ),
+    gradient=Gradient(_forward, _backward, reads=(0, 1)),
 )
 
 

@@ -9,6 +9,8 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <cmath>
+#include <atomic>
 #include <memory>
 #include <new>
 #include <optional>
@@ -65,8 +67,24 @@ inline void check_no_dropout(const char* op, double dropout_p) {
   TORCH_CHECK_VALUE(dropout_p == 0, op, ": dropout_p is ", dropout_p, ", expected 0: the C++ kernels have no dropout");
 }
 
-// Sequence offsets, copied: int32 (batch_size + 1,) from 0 to num_tokens, never falling.
-inline std::vector<int32_t> checked_offsets(const char* op, const Tensor& offsets, int64_t num_tokens) {
+// Which elements a call of an op drops. seed: an int64 scalar, not read where dropout_p is 0.
+inline Dropout checked_dropout(const char* op, double dropout_p, const std::optional<Tensor>& seed) {
+  TORCH_CHECK_VALUE(dropout_p >= 0 && dropout_p <= 1, op, ": dropout_p is ", dropout_p, ", expected 0 to 1");
+  if (dropout_p == 0) return {0, 0, 1.0f};
+  TORCH_CHECK_VALUE(seed.has_value(), op, ": dropout_p is ", dropout_p, " without a seed");
+  check_cpu(op, "seed", *seed);
+  TORCH_CHECK_VALUE(seed->dim() == 0 && seed->scalar_type() == at::kLong, op, ": seed is ", dtype_text(*seed),
+                    " of shape ", shape_text(seed->sizes()), ", expected an int64 scalar");
+  const auto key = static_cast<uint64_t>(seed->item<int64_t>());
+  if (dropout_p == 1) return {key, 256, 0.0f};
+  const int32_t threshold = std::clamp(static_cast<int32_t>(std::nearbyint(256 * dropout_p)), 1, 255);
+  return {key, threshold, 256.0f / static_cast<float>(256 - threshold)};
+}
+
+// Sequence offsets, copied: int32 (batch_size + 1,) from 0 to num_tokens, or to fewer where some may be left over,
+// never falling.
+inline std::vector<int32_t> checked_offsets(const char* op, const Tensor& offsets, int64_t num_tokens,
+                                            bool some_left_over = false) {
   check_cpu(op, "cu_seqlens", offsets);
   TORCH_CHECK_VALUE(offsets.dim() == 1 && offsets.numel() >= 1 && offsets.scalar_type() == at::kInt, op,
                     ": cu_seqlens is ", dtype_text(offsets), " of shape ", shape_text(offsets.sizes()),
@@ -74,8 +92,9 @@ inline std::vector<int32_t> checked_offsets(const char* op, const Tensor& offset
   const Tensor dense = offsets.contiguous();
   const int32_t* data = dense.const_data_ptr<int32_t>();
   std::vector<int32_t> values(data, data + dense.numel());
-  TORCH_CHECK_VALUE(values.front() == 0 && values.back() == num_tokens, op, ": cu_seqlens runs from ", values.front(),
-                    " to ", values.back(), ", expected 0 to ", num_tokens, " tokens");
+  const bool ends_well = values.back() == num_tokens || (some_left_over && values.back() < num_tokens);
+  TORCH_CHECK_VALUE(values.front() == 0 && ends_well, op, ": cu_seqlens runs from ", values.front(), " to ",
+                    values.back(), ", expected 0 to ", num_tokens, " tokens");
   for (size_t i = 1; i < values.size(); ++i)
     TORCH_CHECK_VALUE(values[i - 1] <= values[i], op, ": cu_seqlens falls from ", values[i - 1], " to ", values[i],
                       " at index ", i);
@@ -138,6 +157,15 @@ inline void parallel_rows(int64_t rows, int64_t elements_per_row, const F& f) {
                               std::max<int64_t>(1, ELEMENTS_PER_THREAD / std::max<int64_t>(1, elements_per_row)), f);
 }
 
+// task(i) for every i < count, each on whichever of `workers` threads is free.
+template <class Task>
+inline void run_tasks(int64_t count, int64_t workers, const Task& task) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(count, workers), 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) task(i);
+  });
+}
+
 // f with a value of the type that the tensor holds: float or bfloat16.
 template <class F>
 inline void with_element_type(const Tensor& tensor, const F& f) {
@@ -177,8 +205,12 @@ void bind_fingerprint(pybind11::module_& module);
 // Adds what training needs: the ops' forwards for it, their backwards, and the random bytes of dropout.
 void bind_training(pybind11::module_& module);
 
+// Adds what training needs of the ops that end in a LayerNorm.
+void bind_layer_norm_training(pybind11::module_& module);
 // Adds attention's forward for training and its backward.
 void bind_attention_training(pybind11::module_& module);
+// Adds the matrix products of training.
+void bind_dense(pybind11::module_& module);
 
 // Adds the op linear and the packing of its weights to the module.
 void bind_linear(pybind11::module_& module);

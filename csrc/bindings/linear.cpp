@@ -4,7 +4,6 @@
 // a cache; of few rows the columns are shared, so that each weight is read by one thread only. A row's result has the
 // same bits either way, alone or among others.
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <tuple>
 
@@ -129,15 +128,6 @@ bool rows_collide(const Tensor& matrix, int64_t out_features) {
   constexpr int64_t way_bytes = 4096, min_rows = 9, min_reads = 256;
   return matrix.stride(0) * static_cast<int64_t>(matrix.element_size()) % way_bytes == 0 &&
          matrix.size(0) >= min_rows && out_features >= min_reads;
-}
-
-// task(i) for every i < count, each on whichever of `workers` threads is free.
-template <class Task>
-void run_tasks(int64_t count, int64_t workers, const Task& task) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(count, workers), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) task(i);
-  });
 }
 
 // prepare(rows), multiply(rows, panels) and finish(rows), in that order, over all rows and panels.

@@ -182,7 +182,9 @@ PYBIND11_MODULE(_C, module) {
   bind_encoder(module);
   bind_fingerprint(module);
   bind_training(module);
+  bind_layer_norm_training(module);
   bind_attention_training(module);
+  bind_dense(module);
   module.def("available_isas", available_isas, "Instruction sets that this machine has, best last.");
   module.def("set_isa", set_isa, "Run on this instruction set; ValueError when the machine does not have it.");
   module.def("get_isa", [] { return std::string(kernels().name); }, "The instruction set in use.");

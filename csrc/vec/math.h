@@ -119,7 +119,8 @@ BERT_FAST_INLINE Vec gelu_tanh(Vec x) {
   return bounded / (set1(1.0f) + exp_minus_2_z(min(set1(8.0f), bounded)));
 }
 
-// The derivative s (1 + 2 x z' e^(-2 z) s) with s = 1 / (1 + e^(-2 z)) and 2 z' = 2 sqrt(2 / pi) (1 + 3 * 0.044715 x^2).
+// The derivative s (1 + 2 x z' e^(-2 z) s) with s = 1 / (1 + e^(-2 z)) and 2 z' = 2 sqrt(2 / pi) (1 + 3 * 0.044715
+// x^2).
 BERT_FAST_INLINE Vec gelu_tanh_derivative(Vec x) {
   const Vec inner = min(set1(8.0f), max(set1(-8.0f), x));  // beyond, it is 1 or below 1e-19
   const Vec e = exp_minus_2_z(inner), s = set1(1.0f) / (set1(1.0f) + e);

@@ -174,11 +174,13 @@ inline std::string text(double value) {
 
 void test_linear();
 void test_rows();
+void test_training_rows();
 void test_attention();
 void test_encoder();
 void test_threads();
 void test_memory();
 void test_offsets();
 void test_attention_training();
+void test_dense();
 
 }  // namespace bert_fast

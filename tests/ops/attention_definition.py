@@ -35,7 +35,8 @@ def attention_train(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> tu
         rows = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(q.shape[:2])
         return _attend(q, k, v, sequences, rows)
     parts = []
-    for a, b in pairwise(sequences.cu_seqlens.tolist()):
+    offsets = sequences.cu_seqlens.tolist()
+    for a, b in pairwise(offsets):
         parts.append(_attend(q[a:b], k[a:b], v[a:b], sequences, torch.arange(a, b, device=q.device)))
     out, lse = zip(*parts, strict=True) if parts else ([q * 0], [q[..., 0] * 0])
     return torch.cat(out), torch.cat(lse)

@@ -18,10 +18,12 @@ from bert_fast.ops import FallbackWarning, Impl, Op, Traits, _dispatch
 from bert_fast.ops.attention import OP as ATTENTION
 from bert_fast.ops.attention_probabilities import OP as ATTENTION_PROBABILITIES
 from bert_fast.ops.bias_gelu import OP as BIAS_GELU
+from bert_fast.ops.dense import OP as DENSE
 from bert_fast.ops.embedding_layer_norm import OP as EMBEDDING_LAYER_NORM
 from bert_fast.ops.linear import OP as LINEAR
 from bert_fast.ops.linear import PackedWeight
 from bert_fast.ops.linear_gelu import OP as LINEAR_GELU
+from bert_fast.ops.masked_lm_loss import OP as MASKED_LM_LOSS
 from bert_fast.ops.pooling import OP as POOLING
 from bert_fast.ops.residual_layer_norm import OP as RESIDUAL_LAYER_NORM
 
@@ -220,28 +222,50 @@ def calls() -> dict[str, tuple[Op, list[Any]]]:
     return {
         "linear, with an activation": (LINEAR, [randn(4, 6), *packed, "gelu", None, None, None, 1e-12]),
         "linear, with a LayerNorm": (LINEAR, [randn(4, 6), *packed, None, randn(4, 5), randn(5), randn(5), 1e-12]),
+        "dense": (DENSE, [randn(4, 6), randn(5, 6), randn(5)]),
+        "masked_lm_loss": (MASKED_LM_LOSS, [randn(4, 6), randn(9, 6), randn(9), torch.tensor([0, 8, 3, 3]), 2.0]),
         "bias_gelu": (BIAS_GELU, [randn(4, 6), randn(6), "none"]),
         "residual_layer_norm": (
             RESIDUAL_LAYER_NORM,
-            [randn(4, 6), randn(6), randn(4, 6), randn(6), randn(6), 1e-12, 0.0],
+            [randn(4, 6), randn(6), randn(4, 6), randn(6), randn(6), 1e-12, 0.0, None],
+        ),
+        "residual_layer_norm, with dropout": (
+            RESIDUAL_LAYER_NORM,
+            [randn(4, 6), randn(6), randn(4, 6), randn(6), randn(6), 1e-12, 0.3, torch.tensor(7)],
         ),
         "embedding_layer_norm": (
             EMBEDDING_LAYER_NORM,
-            [*token_ids, *tables, randn(6), randn(6), 1e-12, 0.0],
+            [*token_ids, *tables, randn(6), randn(6), 1e-12, 0.0, None, None],
         ),
         "linear_gelu": (LINEAR_GELU, [randn(3, 6), randn(4, 6), randn(4), "none"]),
         "pooling": (POOLING, [randn(8, 6), cu_seqlens, "mean"]),
         "attention, ragged": (
             ATTENTION,
-            [randn(8, 2, 4), randn(8, 2, 4), randn(8, 2, 4), cu_seqlens, 5, None, 0.5, 0.0, None, None],
+            [randn(8, 2, 4), randn(8, 2, 4), randn(8, 2, 4), cu_seqlens, 5, None, 0.5, 0.0, None, None, None],
         ),
         "attention, masked": (
             ATTENTION,
-            [randn(2, 4, 2, 4), randn(2, 4, 2, 4), randn(2, 4, 2, 4), None, 4, mask, 0.5, 0.0, None, None],
+            [randn(2, 4, 2, 4), randn(2, 4, 2, 4), randn(2, 4, 2, 4), None, 4, mask, 0.5, 0.0, None, None, None],
+        ),
+        "attention, with dropout": (
+            ATTENTION,
+            [
+                randn(8, 2, 4),
+                randn(8, 2, 4),
+                randn(8, 2, 4),
+                cu_seqlens,
+                5,
+                None,
+                0.5,
+                0.3,
+                None,
+                None,
+                torch.tensor(7),
+            ],
         ),
         "attention, with a bias": (
             ATTENTION,
-            [randn(8, 2, 4), randn(8, 2, 4), randn(8, 2, 4), cu_seqlens, 5, None, 0.5, 0.0, randn(2, 5, 5), None],
+            [randn(8, 2, 4), randn(8, 2, 4), randn(8, 2, 4), cu_seqlens, 5, None, 0.5, 0.0, randn(2, 5, 5), None, None],
         ),
         "attention_probabilities": (
             ATTENTION_PROBABILITIES,
@@ -262,11 +286,19 @@ PUBLIC: dict[str, Callable[..., Tensor]] = {
         layer_norm=None if norm[0] is None else norm,
     ),
     "linear_gelu": lambda x, weight, bias, form: ops.linear_gelu(x, weight, bias, approximate=form),
+    "dense": lambda x, weight, bias: ops.dense(x, weight, bias),
+    "masked_lm_loss": lambda hidden, weight, bias, labels, divisor: ops.masked_lm_loss(
+        hidden, weight, bias, labels, divisor=divisor
+    ),
     "bias_gelu": lambda x, bias, form: ops.bias_gelu(x, bias, approximate=form),
-    "residual_layer_norm": lambda *args: ops.residual_layer_norm(*args[:5], eps=args[5], dropout_p=args[6]),
-    "embedding_layer_norm": lambda *args: ops.embedding_layer_norm(*args[:8], eps=args[8], dropout_p=args[9]),
+    "residual_layer_norm": lambda *args: ops.residual_layer_norm(
+        *args[:5], eps=args[5], dropout_p=args[6], seed=args[7]
+    ),
+    "embedding_layer_norm": lambda *args: ops.embedding_layer_norm(
+        *args[:8], eps=args[8], dropout_p=args[9], padding_idx=args[10], seed=args[11]
+    ),
     "pooling": lambda hidden, cu_seqlens, mode: ops.pooling(hidden, cu_seqlens, mode=mode),
-    "attention": lambda q, k, v, cu_seqlens, max_seqlen, mask, scale, dropout_p, bias, schedule: ops.attention(
+    "attention": lambda q, k, v, cu_seqlens, max_seqlen, mask, scale, dropout_p, bias, schedule, seed: ops.attention(
         q,
         k,
         v,
@@ -277,6 +309,7 @@ PUBLIC: dict[str, Callable[..., Tensor]] = {
         dropout_p=dropout_p,
         bias=bias,
         schedule=schedule,
+        seed=seed,
     ),
     "attention_probabilities": lambda q, k, cu_seqlens, max_seqlen, heads, scale, bias: ops.attention_probabilities(
         q, k, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, heads=heads, scale=scale, bias=bias
@@ -288,6 +321,8 @@ PUBLIC: dict[str, Callable[..., Tensor]] = {
 def test_registered_form_keeps_the_rules_of_torch_library(name: str) -> None:
     op, args = calls()[name]
     torch.library.opcheck(getattr(torch.ops.bert_fast, op.name).default, args)
+    if op.gradient is not None:
+        torch.library.opcheck(getattr(torch.ops.bert_fast, f"{op.name}_train").default, args)
 
 
 @pytest.mark.parametrize("name", CALLS)

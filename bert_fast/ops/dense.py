@@ -34,6 +34,8 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"{op}: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}, "
             "expected (..., in_features) and (out_features, in_features)"
         )
+    if weight.numel() == 0:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected neither dimension to be 0")
     if bias is not None:
         _check.shape(op, "bias", bias, weight.shape[:1])
 

@@ -51,16 +51,16 @@ def defect(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None for a whole one. Reads every byte of it."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read: {error!r}"
-    for name, expected in files.items():
+    for name, (size, checksum) in expected.items():
         try:
-            size = (folder / name).stat().st_size
-            if size != expected["size"]:
-                return f"{name} has {size} bytes, expected {expected['size']}"
-            if _checksum(folder / name) != expected["sha256"]:
+            if (found := (folder / name).stat().st_size) != size:
+                return f"{name} has {found} bytes, expected {size}"
+            if _checksum(folder / name) != checksum:
                 return f"the checksum of {name} is not that of the manifest"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"

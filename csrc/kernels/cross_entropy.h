@@ -3,7 +3,6 @@
 #pragma once
 
 #include "../training_table.h"
-#include "layer_norm.h"
 
 namespace bert_fast::BERT_FAST_ISA {
 
@@ -48,9 +47,10 @@ void cross_entropy(const CrossEntropy<T>& args, int64_t begin, int64_t end, floa
     const float distance = label - largest, of_label = std::exp(distance);
     label = -std::numeric_limits<float>::infinity();
     Vec total = set1(0.0f);
-    for (int64_t block = 0; block < classes; block += SUM_BLOCK) {
+    constexpr int64_t block_size = 32 * LANES;  // a long sum, in blocks, rounds less
+    for (int64_t block = 0; block < classes; block += block_size) {
       Vec partial = set1(0.0f);
-      for (int64_t i = block; i < std::min(block + SUM_BLOCK, classes); i += LANES) {
+      for (int64_t i = block; i < std::min(block + block_size, classes); i += LANES) {
         const int64_t left = classes - i;
         constexpr float log2_e = 1.44269504f;
         const Vec e = exp2((load(values + i, left) - set1(largest)) * set1(log2_e));

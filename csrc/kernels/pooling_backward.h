@@ -25,6 +25,7 @@ void pooling_backward(const PoolingBackward<T>& args, int64_t begin, int64_t end
     const int64_t sequence = task / blocks, first = task % blocks * POOLING_BLOCK;
     const int64_t last = std::min(first + POOLING_BLOCK, size);
     const int64_t start = args.cu_seqlens[sequence], length = args.cu_seqlens[sequence + 1] - start;
+    if (length == 0) continue;
     const T* grad = args.grad + sequence * size;
     if (args.mode == PoolingMode::max) {
       for (int64_t i = first; i < last; i += LANES)
@@ -35,7 +36,7 @@ void pooling_backward(const PoolingBackward<T>& args, int64_t begin, int64_t end
     const float share = args.mode == PoolingMode::cls ? 1.0f : 1.0f / pooling_divisor(args.mode, length);
     for (int64_t token = 0; token < length; ++token) {
       T* const out = args.out + (start + token) * size;
-      float weight = args.mode == PoolingMode::weightedmean ? static_cast<float>(token + 1) * share : share;
+      const float weight = args.mode == PoolingMode::weightedmean ? static_cast<float>(token + 1) * share : share;
       for (int64_t i = first; i < last; i += LANES) {
         const bool is_read = args.mode != PoolingMode::cls || token == 0;
         store(out + i, is_read ? load(grad + i, size - i) * set1(weight) : set1(0.0f), size - i);

@@ -87,11 +87,11 @@ SHAPES = {
     "narrower than any vector, rows that are no multiple of four": (3, 5),
     "one past a vector of 16 and of 32": (5, 33),
     "one past the bytes of a call of the generator": (4, 129),
-    "MiniLM, one row past the first sums": (33, 384),
+    "MiniLM, one row past the first sums": (65, 384),
     "BERT-base": (16, 768),
     "many short rows: sums of sums": (1300, 8),
     "several leading dimensions": (2, 3, 2, 10),
-    "long rows": (12, 8200),
+    "long rows": (12, 2056),
 }
 
 
@@ -193,8 +193,8 @@ ID_SHAPES = {
     "narrower than any vector": ((3,), 5),
     "one past a vector of 16 and of 32": ((4,), 33),
     "MiniLM, every id many times": ((2, 150), 384),
-    "one past a block of columns": ((7,), 129),
-    "long rows": ((9,), 8200),
+    "one past a block of columns": ((29,), 129),
+    "long rows": ((12,), 2056),
 }
 
 
@@ -439,13 +439,17 @@ LOGITS = {
     "two": (5, 2),
     "less than a vector": (4, 7),
     "one past four vectors of 16": (3, 65),
-    "one past a block of sums": (2, 257),
+    "one past the blocks of sums": (12, 513),
     "BERT's vocabulary": (3, 30522),
 }
 
 
-def cross_entropy_gradient(logits: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-    return outcome(lambda x: F.cross_entropy(x + bias, labels, reduction="sum"), torch.tensor(1.0), logits)[1]
+def cross_entropy_gradients(logits: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax - onehot by plain PyTorch, and the truth: at the label minus the others, as 1 is no digit of it."""
+    plain = outcome(lambda x: F.cross_entropy(x + bias, labels, reduction="sum"), torch.tensor(1.0), logits)[1]
+    index = labels[:, None]
+    others = (logits.double() + bias.double()).softmax(-1).scatter(1, index, 0.0)
+    return plain, others.scatter(1, index, -others.sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32], ids=["own bias", "float32 bias"])
@@ -459,7 +463,7 @@ def test_cross_entropy(
     labels[:2] = torch.tensor([0, classes - 1])  # the ends of a row
     truth = F.cross_entropy((logits.double() + bias.double()), labels, reduction="none")
     plain = F.cross_entropy((logits.float() + bias.float()), labels, reduction="none")
-    gradients = [cross_entropy_gradient(logits.to(d), bias.to(d), labels) for d in (cpp.dtype, torch.float64)]
+    gradients = cross_entropy_gradients(logits, bias, labels)
     losses = _C.cross_entropy_(logits, bias, labels)
     assert_no_worse(losses, plain, truth, "losses")
     assert_no_worse(logits, *gradients, "gradient")
@@ -467,7 +471,7 @@ def test_cross_entropy(
 
 def test_cross_entropy_of_many_classes(cpp: Implementation) -> None:
     logits, bias, labels = cpp.randn(2, 300_000), cpp.randn(300_000), torch.tensor([299_999, 5])
-    gradients = [cross_entropy_gradient(logits.to(d), bias.to(d), labels) for d in (cpp.dtype, torch.float64)]
+    gradients = cross_entropy_gradients(logits, bias, labels)
     _C.cross_entropy_(logits, bias, labels)
     assert_no_worse(logits, *gradients, "gradient")
 
@@ -523,3 +527,103 @@ def test_cross_entropy_threads(threads: int) -> None:
     losses = _C.cross_entropy_(logits, bias, labels)
     torch.set_num_threads(1)
     assert_same((losses, logits), (_C.cross_entropy_(other, bias, labels), other))
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+def train_args(**changes: Any) -> list[Any]:
+    args = {"x": torch.ones(2, 3), "bias": torch.ones(3), "residual": torch.ones(2, 3), "weight": torch.ones(3)}
+    args |= {"layer_norm_bias": torch.ones(3), "eps": EPS, "dropout_p": 0.1, "seed": torch.tensor(1)}
+    return list({**args, **changes}.values())
+
+
+def backward_args(**changes: Any) -> list[Any]:
+    args = {"grad": torch.ones(2, 3), "normalized": torch.ones(2, 3), "rstd": torch.ones(2), "weight": torch.ones(3)}
+    return list({**args, "dropout_p": 0.0, "seed": None, "x_dtype": torch.float32, **changes}.values())
+
+
+def embedding_args(**changes: Any) -> list[Any]:
+    args = {"grad": torch.ones(2, 3), "input_ids": torch.tensor([0, 4]), "position_ids": torch.tensor([0, 1])}
+    args |= {"token_type_ids": torch.tensor([0, 1]), "normalized": torch.ones(2, 3), "rstd": torch.ones(2)}
+    args |= {"weight": torch.ones(3), "vocab_rows": 5, "position_rows": 2, "token_type_rows": 2, "dropout_p": 0.0}
+    return list({**args, "seed": None, "padding_idx": None, **changes}.values())
+
+
+REFUSED: dict[str, tuple[str, list[Any], str]] = {
+    "half": ("residual_layer_norm_train", train_args(residual=torch.ones(2, 3).half()), "residual is torch.float16"),
+    "float32 beside bfloat16": (
+        "residual_layer_norm_train",
+        train_args(**{name: torch.ones(3).bfloat16() for name in ("bias", "weight", "layer_norm_bias")})[:2]
+        + train_args(residual=torch.ones(2, 3).bfloat16())[2:],
+        "x is torch.float32 but residual is torch.bfloat16",
+    ),
+    "residual's shape": ("residual_layer_norm_train", train_args(residual=torch.ones(3)), r"residual has shape \(3,\)"),
+    "bias's shape": ("residual_layer_norm_train", train_args(bias=torch.ones(2)), r"bias has shape \(2,\)"),
+    "an impossible probability": ("residual_layer_norm_train", train_args(dropout_p=1.5), r"dropout_p is 1\.5"),
+    "no number": ("residual_layer_norm_train", train_args(dropout_p=float("nan")), "dropout_p is nan"),
+    "no seed": ("residual_layer_norm_train", train_args(seed=None), r"dropout_p is 0\.1 without a seed"),
+    "several seeds": ("residual_layer_norm_train", train_args(seed=torch.ones(2).long()), r"shape \(2,\), expected an"),
+    "a seed of floats": ("residual_layer_norm_train", train_args(seed=torch.tensor(1.0)), "seed is torch.float32"),
+    "grad's shape": ("residual_layer_norm_backward", backward_args(grad=torch.ones(3, 3)), r"grad has shape \(3, 3\)"),
+    "grad's dtype": (
+        "residual_layer_norm_backward",
+        backward_args(grad=torch.ones(2, 3).bfloat16()),
+        "grad is torch.b",
+    ),
+    "rstd's shape": ("residual_layer_norm_backward", backward_args(rstd=torch.ones(3)), r"rstd has shape \(3,\)"),
+    "rstd's dtype": (
+        "residual_layer_norm_backward",
+        backward_args(rstd=torch.ones(2).double()),
+        "rstd is torch.float64",
+    ),
+    "x_dtype": ("residual_layer_norm_backward", backward_args(x_dtype=torch.half), "x_dtype is torch.float16"),
+    "an id": ("embedding_layer_norm_backward", embedding_args(vocab_rows=4), r"input_ids 4 at index 1 .* \[0, 4\)"),
+    "ids' shape": (
+        "embedding_layer_norm_backward",
+        embedding_args(position_ids=torch.ones(3).long()),
+        "position_ids has",
+    ),
+    "padding_idx": ("embedding_layer_norm_backward", embedding_args(padding_idx=5), "padding_idx is 5"),
+    "negative rows": ("embedding_layer_norm_backward", embedding_args(position_rows=-1), "position_rows is -1"),
+    "form": ("bias_gelu_backward", [torch.ones(2, 3), torch.ones(2, 3), torch.ones(3), "erf"], "approximate is 'erf'"),
+    "gelu's grad": ("bias_gelu_backward", [torch.ones(3), torch.ones(2, 3), torch.ones(3), "none"], "grad has shape"),
+    "too few tokens": (
+        "pooling_backward",
+        [torch.ones(1, 3), torch.ones(2, 3), torch.tensor([0, 3], dtype=torch.int32), "mean"],
+        "cu_seqlens runs from 0 to 3, expected 0 to 2",
+    ),
+    "mode": (
+        "pooling_backward",
+        [torch.ones(1, 3), torch.ones(2, 3), torch.tensor([0, 2], dtype=torch.int32), "sum"],
+        "mode is 'sum'",
+    ),
+    "pooling's grad": (
+        "pooling_backward",
+        [torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0, 2], dtype=torch.int32), "mean"],
+        r"grad has shape \(2, 3\), expected \(1, 3\)",
+    ),
+    "a label": (
+        "cross_entropy_",
+        [torch.ones(2, 3), torch.ones(3), torch.tensor([0, -100])],
+        r"labels -100 at index 1 is out of range \[0, 3\)",
+    ),
+    "labels' shape": ("cross_entropy_", [torch.ones(2, 3), torch.ones(3), torch.tensor([0])], "labels has shape"),
+    "strided logits": (
+        "cross_entropy_",
+        [torch.ones(3, 2).T, torch.ones(3), torch.tensor([0, 1])],
+        "logits has strides",
+    ),
+    "logits' dtype": ("cross_entropy_", [torch.ones(2, 3).half(), torch.ones(3), torch.tensor([0, 1])], "logits is"),
+    "bias's dtype": (
+        "cross_entropy_",
+        [torch.ones(2, 3), torch.ones(3).double(), torch.tensor([0, 1])],
+        "bias is torch",
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "args", "match"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused(function: str, args: list[Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        getattr(_C, function)(*args)

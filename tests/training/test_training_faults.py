@@ -253,6 +253,19 @@ def test_a_folder_without_checkpoints_is_begun(tmp_path: Path, caplog: pytest.Lo
     assert "has no checkpoint: the run starts from the beginning" in caplog.text
 
 
+def test_a_damaged_manifest_is_a_defect_whatever_the_damage(tmp_path: Path) -> None:
+    """It has no checksum of its own, but a bit changed in any byte of it is found."""
+    folder = tmp_path / "checkpoint-1"
+    with checkpoints.staged(folder) as staging:
+        (staging / "model.bin").write_bytes(b"weights")
+    manifest = folder / checkpoints.MANIFEST
+    whole = manifest.read_bytes()
+    assert checkpoints.defect(folder) is None
+    for place in range(len(whole)):
+        manifest.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert checkpoints.defect(folder) is not None, (place, manifest.read_bytes())
+
+
 def test_pruning_leaves_the_newest_and_the_best(tmp_path: Path) -> None:
     folders = [tmp_path / f"checkpoint-{step}" for step in (2, 4, 10, 12)]
     for folder in folders:

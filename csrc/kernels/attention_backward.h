@@ -3,10 +3,12 @@
 //
 //   out = (P D) v,  dv = (P D)^T grad,  dP = (grad v^T) D,  dS = P (dP - delta),  dq = scale dS k,  dk = scale dS^T q
 //
-// where delta is the sum of P dP over a row. Every product runs over packed panels (product.h): K and V are packed
-// once; blocks of ATTENTION_BLOCK queries meet all the keys, their P and dS stay in a cache and are read twice, as they
-// lie and transposed. dk and dv add up over the blocks in float, in order: the result does not depend on the threads.
-// Memory grows with the length of the sequence, not with its square.
+// where delta is the sum of P dP over a row, or grad out^T. Where one key has nearly all of P, dP - delta is much
+// smaller than both, and their roundings are not: delta is taken as grad out^T, which comes off first, plus the sum of
+// P times what is left of dP, which makes up for the roundings of the former. Every product runs over packed panels
+// (product.h): K and V are packed once; blocks of ATTENTION_BLOCK queries meet all the keys, their P and dS stay in a
+// cache and are read twice, as they lie and transposed. dk and dv add up over the blocks in float, in order: the result
+// does not depend on the threads. Memory grows with the length of the sequence, not with its square.
 //
 // bfloat16 is multiplied as in the forward, with P and dS rounded to bfloat16.
 #pragma once
@@ -56,10 +58,15 @@ struct GradientRows {
   int64_t length;
 };
 
-// What belongs to a row of probabilities: one over the sum of what stands for them, and delta without the factor of
-// dropout.
+// What is known of a query: the logarithm of the sum of its powers, and grad out^T without the factor of dropout.
+struct RowStatistics {
+  float lse, delta;
+};
+
+// What belongs to a row of probabilities: one over the sum of what stands for them, and what its statistics' delta is
+// short of.
 struct RowGradient {
-  Vec inverse, delta;
+  Vec inverse, rest;
 };
 
 // e^x for x <= 87; zero below -87. A NaN stays one. Keys that no query looks at have gradients, too, which in float are
@@ -67,29 +74,31 @@ struct RowGradient {
 BERT_FAST_INLINE Vec exp(Vec x) { return select_ge(x, set1(-87.0f), exp_product(x, set1(1.0f)), max(set1(0.0f), x)); }
 
 // Scores of one query -> P times a number close to one, which the rounding of the logarithm makes, and `inverse`
-// undoes.
+// undoes; grad v^T -> dP less delta.
 template <bool EXACT, class Keep>
-BERT_FAST_INLINE RowGradient probabilities_row(const GradientRows& rows, int64_t row, float scale, float lse,
-                                               const Keep& keep) {
+BERT_FAST_INLINE RowGradient probabilities_row(const GradientRows& rows, int64_t row, float scale,
+                                               const RowStatistics& known, const Keep& keep) {
   float* scores = rows.scores + row * rows.stride;
-  const float* grads = rows.grads + row * rows.stride;
-  const Vec unit = set1(std::abs(scale)), shift = set1(lse);
-  Vec total = set1(0.0f), delta = set1(0.0f);
+  float* grads = rows.grads + row * rows.stride;
+  const Vec unit = set1(std::abs(scale)), shift = set1(known.lse), delta = set1(known.delta);
+  Vec total = set1(0.0f), rest = set1(0.0f);
   for (int64_t i = 0; i < rows.length; i += LANES) {
     // Scaled as the forward does it before the logarithm, so that a single key's is taken off to nothing.
     const Vec power = load(scores + i) * unit - shift;
     const Vec p = first(EXACT ? exp(power) : exp2(power * set1(1.44269504f)), rows.length - i, set1(0.0f));
+    const Vec centred = keep(load(grads + i), i) - delta;
     total = total + p;
-    delta = fma(p, keep(load(grads + i), i), delta);
+    rest = fma(p, centred, rest);
     store(scores + i, p);
+    store(grads + i, centred);
   }
   const float inverse = 1.0f / sum(total);
-  return {set1(inverse), set1(sum(delta) * inverse)};
+  return {set1(inverse), set1(sum(rest) * inverse)};
 }
 
-// P and grad v^T of one query, or of two for a product of pairs -> what the products read, in their place: `scores` the
-// kept P by columns, `grads` dS by rows, and for pairs, which differ by rows and by columns, dS by columns in the
-// second row of `scores`.
+// What probabilities_row leaves of one query, or of two for a product of pairs -> what the products read, in its place:
+// `scores` the kept P by columns, `grads` dS by rows, and for pairs, which differ by rows and by columns, dS by columns
+// in the second row of `scores`.
 template <class Keep>
 BERT_FAST_INLINE void gradient_row(const GradientRows& rows, int64_t row, const RowGradient& gradient,
                                    const Keep& keep) {
@@ -97,7 +106,7 @@ BERT_FAST_INLINE void gradient_row(const GradientRows& rows, int64_t row, const 
   float* grads = rows.grads + row * rows.stride;
   for (int64_t i = 0; i < rows.length; i += LANES) {
     const Vec p = load(scores + i) * gradient.inverse;
-    store(grads + i, p * (keep(load(grads + i), i) - gradient.delta));
+    store(grads + i, p * (load(grads + i) - gradient.rest));
     store(scores + i, keep(p, i));
   }
 }
@@ -109,8 +118,8 @@ BERT_FAST_INLINE void gradient_pair(const GradientRows& rows, int64_t row, const
   for (int64_t i = 0; i < rows.length; i += LANES) {
     const Vec p = load(scores + i) * gradient.inverse;
     const Vec p_next = load(scores + rows.stride + i) * gradient_next.inverse;
-    const Vec ds = p * (keep(load(grads + i), i) - gradient.delta);
-    const Vec ds_next = p_next * (keep_next(load(grads + rows.stride + i), i) - gradient_next.delta);
+    const Vec ds = p * (load(grads + i) - gradient.rest);
+    const Vec ds_next = p_next * (load(grads + rows.stride + i) - gradient_next.rest);
     store(scores + i, from_bits(pack_pairs(keep(p, i), keep_next(p_next, i))));
     store(scores + rows.stride + i, from_bits(pack_pairs(ds, ds_next)));
     store(reinterpret_cast<bfloat16*>(grads) + i, ds);
@@ -118,19 +127,19 @@ BERT_FAST_INLINE void gradient_pair(const GradientRows& rows, int64_t row, const
   }
 }
 
-// All rows of a block; keep(i) says what dropout keeps of its query i, lse(i) is the logarithm of its sum.
-template <class P, class Keep, class Lse>
-void softmax_backward(const GradientRows& rows, int64_t count, float scale, const Keep& keep, const Lse& lse) {
+// All rows of a block; keep(i) says what dropout keeps of its query i, known(i) what is known of it.
+template <class P, class Keep, class Known>
+void softmax_backward(const GradientRows& rows, int64_t count, float scale, const Keep& keep, const Known& known) {
   for (int64_t i = 0; i < count; i += P::DEPTH) {
     const auto kept = keep(i);
-    const RowGradient gradient = probabilities_row<P::DEPTH == 1>(rows, i, scale, lse(i), kept);
+    const RowGradient gradient = probabilities_row<P::DEPTH == 1>(rows, i, scale, known(i), kept);
     if constexpr (P::DEPTH == 1) {
       gradient_row(rows, i, gradient, kept);
     } else {
       const auto kept_next = keep(i + 1);
       RowGradient next{set1(0.0f), set1(0.0f)};
       if (i + 1 < count) {
-        next = probabilities_row<P::DEPTH == 1>(rows, i + 1, scale, lse(i + 1), kept_next);
+        next = probabilities_row<P::DEPTH == 1>(rows, i + 1, scale, known(i + 1), kept_next);
       } else {  // a pair's second query that is none
         std::fill_n(rows.scores + (i + 1) * rows.stride, rows.stride, 0.0f);
         std::fill_n(rows.grads + (i + 1) * rows.stride, rows.stride, 0.0f);
@@ -138,6 +147,13 @@ void softmax_backward(const GradientRows& rows, int64_t count, float scale, cons
       gradient_pair(rows, i, gradient, next, kept, kept_next);
     }
   }
+}
+
+template <class T>
+BERT_FAST_INLINE float dot(const T* a, const T* b, int64_t size) {
+  Vec total = set1(0.0f);
+  for (int64_t i = 0; i < size; i += LANES) total = fma(load(a + i, size - i), load(b + i, size - i), total);
+  return sum(total);
 }
 
 template <class P, class T>
@@ -168,6 +184,7 @@ void attend_backward(const AttentionBackward<T>& args, const AttentionTask& task
   const T* k = head(args.k, args.k_strides);
   const T* v = head(args.v, args.v_strides);
   const T* grad = head(args.grad, args.grad_strides);
+  const T* out = head(args.out, args.out_strides);
   pack_keys<P>(k, sequence, args.k_strides.token, head_dim, std::copysign(1.0f, args.scale), k_columns);
   pack_keys<P>(v, sequence, args.v_strides.token, head_dim, 1.0f, v_columns);
   pack_values<P>(k, sequence, 0, length, args.k_strides.token, head_dim, k_rows);
@@ -186,15 +203,23 @@ void attend_backward(const AttentionBackward<T>& args, const AttentionTask& task
                         StoreScores{rows.scores, stride});
     product<P, NoFetch>(g.data, g.stride, v_columns, steps(head_dim), 0, count, 0, keys / PANEL,
                         StoreScores{rows.grads, stride});
-    const auto lse = [&](int64_t i) { return args.lse[statistics_index(args.rows, task, first + i)]; };
+    const auto known = [&](int64_t i) -> RowStatistics {
+      const int64_t row = row_of(sequence, first + i);
+      const float delta = dot(grad + row * args.grad_strides.token, out + row * args.out_strides.token, head_dim);
+      return {args.lse[statistics_index(args.rows, task, first + i)], kept > 0.0f ? delta / kept : 0.0f};
+    };
     if (dropout.drops()) {
-      softmax_backward<P>(rows, count, args.scale, [&](int64_t i) { return dropout.of(first + i); }, lse);
+      softmax_backward<P>(rows, count, args.scale, [&](int64_t i) { return dropout.of(first + i); }, known);
     } else {
-      softmax_backward<P>(rows, count, args.scale, [](int64_t) { return KeepAll{}; }, lse);
+      softmax_backward<P>(rows, count, args.scale, [](int64_t) { return KeepAll{}; }, known);
     }
 
-    StoreGradient<T> epilogue{
-        head(args.dq, args.out_strides), sequence, args.out_strides.token, head_dim, first, args.scale * kept};
+    StoreGradient<T> epilogue{head(args.dq, args.gradient_strides),
+                              sequence,
+                              args.gradient_strides.token,
+                              head_dim,
+                              first,
+                              args.scale * kept};
     const int64_t row_stride = stride * static_cast<int64_t>(sizeof(float) / sizeof(Input));
     const int64_t step_stride = P::DEPTH * row_stride;
     const Input* ds = reinterpret_cast<const Input*>(rows.grads);
@@ -206,12 +231,12 @@ void attend_backward(const AttentionBackward<T>& args, const AttentionTask& task
     epilogue.channels = channels;
     epilogue.is_first = b == 0;
     epilogue.is_last = b + 1 == blocks;
-    epilogue.out = head(args.dk, args.out_strides);
+    epilogue.out = head(args.dk, args.gradient_strides);
     epilogue.sums = dk_sums;
     const Input* ds_columns = P::DEPTH == 1 ? ds : reinterpret_cast<const Input*>(rows.scores + stride);
     product<Transposed<P>, NoFetch>(ds_columns, step_stride, q_rows, steps(count), 0, length, 0, channels / PANEL,
                                     epilogue);
-    epilogue.out = head(args.dv, args.out_strides);
+    epilogue.out = head(args.dv, args.gradient_strides);
     epilogue.sums = dv_sums;
     epilogue.factor = kept;
     product<Transposed<P>, NoFetch>(reinterpret_cast<const Input*>(rows.scores), step_stride, grad_rows, steps(count),

@@ -329,3 +329,57 @@ def test_only_what_the_backward_reads_is_kept() -> None:
     rows = layers * (8 * hidden + 2 * wide) + 2 * hidden
     weights = layers * 3 * hidden * hidden  # of the joined product
     assert kept <= 4 * (rows * tokens + weights) * 1.15
+
+
+def curve(steps: int, how: str | None, dtype: torch.dtype, autocast: bool) -> Tensor:
+    """Losses of a tiny BERT that is pre-trained, then fine-tuned, with dropout; masks and batches by the same seed."""
+    torch.manual_seed(3)
+    config = BertConfig(**{**SHAPE, "initializer_range": 0.02})
+    model: Any = modules.BertForMaskedLM(config)
+    generator, losses = torch.Generator().manual_seed(4), []
+
+    def train(inputs: Any) -> None:
+        model.to(dtype).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        for _ in range(steps):
+            with torch.autocast("cpu", enabled=autocast), ops.force(how):
+                loss = model(**inputs(), loss_only=True).loss
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach().double())
+
+    def texts() -> dict[str, Tensor]:
+        lengths = torch.randint(2, 20, (8, 1), generator=generator)
+        mask = (torch.arange(20) < lengths).long()
+        return {"input_ids": torch.randint(5, 61, (8, 20), generator=generator) * mask, "attention_mask": mask}
+
+    def masked() -> dict[str, Tensor]:
+        inputs = texts()
+        chosen = (torch.rand(8, 20, generator=generator) < 0.3) & (inputs["attention_mask"] == 1)
+        chosen[0, 0] = True
+        labels = inputs["input_ids"].masked_fill(~chosen, -100)
+        return {**inputs, "input_ids": inputs["input_ids"].masked_fill(chosen, 4), "labels": labels}
+
+    def labelled() -> dict[str, Tensor]:
+        inputs = texts()
+        return {**inputs, "labels": inputs["input_ids"][:, 0] % 2}
+
+    train(masked)
+    encoder = model.bert.state_dict()
+    torch.manual_seed(5)
+    model = modules.BertForSequenceClassification(config)
+    model.bert.load_state_dict(encoder, strict=False)
+    train(labelled)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16 autocast"])
+def test_pre_training_and_fine_tuning_follow_the_plain_curve(autocast: bool) -> None:
+    truth = curve(25, "reference", torch.float64, False)
+    plain = curve(25, "reference", torch.float32, autocast)
+    fast = curve(25, None, torch.float32, autocast)
+    assert truth[:5].mean() > truth[20:25].mean()  # it learns
+    difference, allowed = ((c - truth).square().mean().sqrt() for c in (fast, plain))
+    assert difference <= 2 * allowed + torch.finfo(torch.float32).eps * truth.max()
+    assert not torch.equal(fast, plain)

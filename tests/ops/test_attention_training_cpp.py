@@ -77,7 +77,8 @@ def test_without_dropout_it_is_the_forward_for_inference(implementation: Impleme
     qkv, sequences = fused(implementation, 70, 2, 32), ragged(implementation, [70], 0.2, 0.0)
     out, _ = implementation("attention_train", *qkv, *sequences.arguments)
     expected = implementation("attention", *qkv, *sequences[:5])
-    torch.testing.assert_close(out, expected)  # powers of 2 are exact here, and rough there in bfloat16
+    tolerance = 0 if implementation.dtype == torch.float32 else 2**-7  # for bfloat16 inference has rough powers of 2
+    torch.testing.assert_close(out, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, 3.0])
@@ -113,8 +114,8 @@ def test_gradients_are_views_of_one_tensor(implementation: Implementation, shape
     assert base.is_contiguous()
     for index, grad in enumerate(grads):
         assert grad._base is base
-        assert torch.equal(grad, base.select(-3, index))
-        assert grad.storage_offset() == index * shape[-2] * shape[-1]
+        assert grad.data_ptr() == base.select(-3, index).data_ptr()
+        assert grad.stride() == base.select(-3, index).stride()
 
 
 def test_no_sequences(implementation: Implementation) -> None:
@@ -183,10 +184,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "k's shape": ({"k": torch.ones(6, 2, 3)}, r"k has shape \(6, 2, 3\), expected \(6, 2, 4\)"),
     "v's dtype": ({"v": torch.ones(6, 2, 4).half()}, "v is torch.float16, expected torch.float32 or torch.bfloat16"),
     "dimensions": ({"cu_seqlens": None}, r"q has shape \(6, 2, 4\), expected \(batch_size, seq_len, heads"),
-    "offsets": (
-        {"cu_seqlens": torch.tensor([0, 7], dtype=torch.int32)},
-        "cu_seqlens runs from 0 to 7, expected 0 to 6",
-    ),
+    "offsets": ({"cu_seqlens": torch.tensor([0, 7], dtype=torch.int32)}, "cu_seqlens runs from 0 to 7, expected"),
     "mask and offsets": ({"attention_mask": torch.ones(1, 6, dtype=torch.bool)}, "attention_mask and cu_seqlens are"),
 }
 

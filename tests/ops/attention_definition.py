@@ -16,7 +16,7 @@ from bert_fast.ops.attention import scores_of
 class _Softmax(torch.autograd.Function):
     """softmax over the last dimension with a gradient that does not cancel, for the truth.
 
-    Of a key that has all of P but 1e-20, P_i (g_i - sum_j P_j g_j) is 0 in float64, too, where it should be about 1e-20.
+    Of a key that has all of P but 1e-20, P_i (g_i - sum_j P_j g_j) is 0 in float64, too, and should be about 1e-20.
     """
 
     @staticmethod

@@ -25,7 +25,7 @@ inline int64_t dropout_columns(int64_t columns) {
 
 // Sums over all rows (gradients of biases and gains) are taken in blocks of so many rows, and the sums of the blocks
 // are added in their order: the same bits whatever the number of threads.
-constexpr int64_t SUM_ROWS = 32;
+constexpr int64_t SUM_ROWS = 16;
 
 inline int64_t sum_blocks(int64_t rows) { return (rows + SUM_ROWS - 1) / SUM_ROWS; }
 

@@ -14,9 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bert_fast.kernels.attention_schedule import attention_schedule, bounds, schedule_size
+from bert_fast.kernels.attention_schedule import attention_schedule, grid, place
+from bert_fast.kernels.dropout import dropout_arguments, kept
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 # Start of a running maximum: finite, so that exp2(-inf - maximum) is 0 in a block where every key is hidden.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
@@ -43,6 +45,19 @@ def scores_of(q, k, bias_tile, is_query, is_key, scale_log2):
 
 
 @triton.jit
+def dropped(probabilities, dropout, queries, first_key):
+    """(queries, keys) float32 with zeros where `dropout` does not keep; not scaled up, and as they are without it.
+
+    dropout: None, or (seed, threshold, index of the sequence's first token, head). first_key: a multiple of 16.
+    """
+    if dropout is not None:
+        rows = (dropout[2] + queries)[:, None]
+        keep = kept(dropout[0], dropout[1], rows, first_key, dropout[3], probabilities.shape[1])
+        probabilities = tl.where(keep, probabilities, 0.0)
+    return probabilities
+
+
+@triton.jit
 def _whole_row(
     q_ptr,
     k_ptr,
@@ -53,13 +68,15 @@ def _whole_row(
     scale_log2,
     mask_ptr,
     bias_ptr,
+    dropout,
     SIGN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """For the queries of a sequence of at most BLOCK_N keys: sums of values, and what they are to be divided by.
+    """For the queries of a sequence of at most BLOCK_N keys: sums of values, maxima, and sums of exponentials.
 
+    The sums are relative to 2^maximum; those of values are of the keys that `dropout` keeps, if it is given.
     One maximum and one exponential of each score, nothing to rescale. All pointers are at the sequence's first token.
     """
     q_strides, k_strides, v_strides, bias_strides = strides
@@ -78,7 +95,8 @@ def _whole_row(
         scores = tl.where(is_key[None, :], scores, float("-inf"))
     row_max = tl.maximum(tl.max(scores, axis=1) * factor, LOWEST)
     probabilities = tl.exp2(tl.fma(scores, factor, -row_max[:, None]))
-    return tl.dot(probabilities.to(v.dtype), v, input_precision="ieee"), tl.sum(probabilities, axis=1)
+    weights = dropped(probabilities, dropout, queries, 0)
+    return tl.dot(weights.to(v.dtype), v, input_precision="ieee"), row_max, tl.sum(probabilities, axis=1)
 
 
 @triton.jit
@@ -92,6 +110,7 @@ def _online(
     scale_log2,
     mask_ptr,
     bias_ptr,
+    dropout,
     SIGN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -123,18 +142,20 @@ def _online(
         probabilities = tl.exp2(tl.fma(scores, factor, -new_max[:, None]))
         rescale = tl.exp2(row_max - new_max)
         v = tl.load(v_tile + first_row * v_strides[0], mask=is_key[:, None] & in_head, other=0.0)
-        acc = tl.dot(probabilities.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        weights = dropped(probabilities, dropout, queries, first_key)
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         row_sum = row_sum * rescale + tl.sum(probabilities, axis=1)
         row_max = new_max
-    return acc, row_sum
+    return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "max_seqlen"])
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "max_seqlen", "seed", "threshold"])
 def _attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
+    lse_ptr,
     cu_seqlens_ptr,
     schedule_ptr,
     mask_ptr,
@@ -144,6 +165,9 @@ def _attention_kernel(
     max_seqlen,
     heads,
     scale_log2,
+    seed,
+    threshold,
+    kept_scale,
     stride_q_batch,
     stride_q_token,
     stride_q_head,
@@ -169,18 +193,9 @@ def _attention_kernel(
     # The heads of a tile are neighbours in memory: programs side by side take them.
     tile = tl.program_id(0) // heads
     head = (tl.program_id(0) % heads).to(tl.int64)
-    batch = (tile // num_tiles).to(tl.int64)
-    first_query = tile % num_tiles * BLOCK_M
-    if schedule_ptr is not None:
-        start, seq_len = bounds(schedule_ptr + tile, num_tiles, num_tokens, max_seqlen)
-        first_query = tl.load(schedule_ptr + 2 * num_tiles + tile)
-        out_start = start
-    elif cu_seqlens_ptr is not None:
-        start, seq_len = bounds(cu_seqlens_ptr + batch, 1, num_tokens, max_seqlen)
-        out_start = start
-    else:
-        start, seq_len = batch * 0, num_tokens
-        out_start = batch * num_tokens
+    batch, start, token, seq_len, first_query = place(
+        cu_seqlens_ptr, schedule_ptr, tile, num_tokens, num_tiles, max_seqlen, BLOCK_M
+    )
     if first_query >= seq_len:
         return
 
@@ -198,22 +213,28 @@ def _attention_kernel(
         (stride_v_token, stride_v),
         (stride_bias_query, stride_bias_key),
     )
-    args = (q_ptr, k_ptr, v_ptr, strides, queries, seq_len, scale_log2)
+    args = (q_ptr, k_ptr, v_ptr, strides, queries, seq_len, scale_log2, mask_ptr, bias_ptr)
+    dropout = None if threshold is None else (seed, threshold, token, head)
     if not WHOLE_ROW:
-        acc, row_sum = _online(*args, mask_ptr, bias_ptr, SIGN, HEAD_DIM, BLOCK_D, BLOCK_N)
+        acc, row_max, row_sum = _online(*args, dropout, SIGN, HEAD_DIM, BLOCK_D, BLOCK_N)
     elif seq_len <= BLOCK_N // 2:  # a short sequence among longer ones: half the products and exponentials
-        acc, row_sum = _whole_row(*args, mask_ptr, bias_ptr, SIGN, HEAD_DIM, BLOCK_D, BLOCK_N // 2)
+        acc, row_max, row_sum = _whole_row(*args, dropout, SIGN, HEAD_DIM, BLOCK_D, BLOCK_N // 2)
     else:
-        acc, row_sum = _whole_row(*args, mask_ptr, bias_ptr, SIGN, HEAD_DIM, BLOCK_D, BLOCK_N)
+        acc, row_max, row_sum = _whole_row(*args, dropout, SIGN, HEAD_DIM, BLOCK_D, BLOCK_N)
 
     is_query = queries < seq_len
     if mask_ptr is not None:
         visible = tl.load(mask_ptr + queries, mask=is_query, other=0) != 0
         acc = tl.where(visible[:, None], acc, 0.0)
+        row_max = tl.where(visible, row_max, 0.0)
         row_sum = tl.where(visible, row_sum, 1.0)
+    if lse_ptr is not None:
+        lse_rows = lse_ptr + (token + queries) * heads + head
+        tl.store(lse_rows, (row_max + tl.log2(row_sum)) * LN_2, mask=is_query)
     channels = tl.arange(0, BLOCK_D)
-    out_tile = pointers(out_ptr + (out_start * heads + head) * HEAD_DIM, queries, heads * HEAD_DIM, channels, 1)
-    tl.store(out_tile, acc * (1.0 / row_sum)[:, None], mask=is_query[:, None] & (channels < HEAD_DIM)[None, :])
+    normalizer = 1.0 / row_sum if threshold is None else kept_scale / row_sum
+    out_tile = pointers(out_ptr + (token * heads + head) * HEAD_DIM, queries, heads * HEAD_DIM, channels, 1)
+    tl.store(out_tile, acc * normalizer[:, None], mask=is_query[:, None] & (channels < HEAD_DIM)[None, :])
 
 
 @functools.cache
@@ -289,7 +310,7 @@ def attention(
         max_seqlen: at least the longest sequence, in tokens; the result of a longer one is undefined.
         attention_mask: (batch_size, seq_len) bool, True for the tokens there are; padded form only.
         scale: factor of the scores.
-        dropout_p: 0.
+        dropout_p: 0; `attention_train` has dropout.
         bias: (heads, at least max_seqlen, at least max_seqlen), any strides: added to the scaled scores of query i
             and key j of a sequence.
         schedule: what the function of that name gave for this shape; the result is the same without.
@@ -303,32 +324,81 @@ def attention(
         ValueError: dropout_p is not 0, or bias or schedule have the wrong shape.
     """
     if dropout_p > 0:
-        raise ValueError(f"attention: dropout_p is {dropout_p}, the Triton kernel has no dropout")
+        raise ValueError(f"attention: dropout_p is {dropout_p}, expected 0; attention_train has dropout")
     out = q.new_empty(q.shape) if out is None else out
+    _launch(
+        q, k, v, cu_seqlens, max_seqlen, attention_mask, scale, bias, schedule, out, None, dropout_arguments(0.0, None)
+    )
+    return out
+
+
+def attention_train(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    attention_mask: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    bias: Tensor | None,
+    schedule: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`attention` with dropout of the probabilities, and what `attention_backward` needs beside its result.
+
+    Args:
+        dropout_p: probability of zeroing a probability, 0 to 1; the mask is that of bert_fast/ops/_dropout.py, with
+            the query's token as row, the key's position in its sequence as column, and the head as plane.
+        seed: int64 scalar on the CPU; None without dropout.
+
+    Returns:
+        out, as of `attention`; lse, float32 of shape q.shape[:-1]: the natural logarithm of each query's sum of
+        exp(score), 0 where the mask hides the query, undefined for rows that belong to no sequence.
+
+    Raises:
+        ValueError: there is dropout but no seed, or bias or schedule have the wrong shape.
+    """
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    dropout = dropout_arguments(dropout_p, seed)
+    _launch(q, k, v, cu_seqlens, max_seqlen, attention_mask, scale, bias, schedule, out, lse, dropout)
+    return out, lse
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    attention_mask: Tensor | None,
+    scale: float,
+    bias: Tensor | None,
+    schedule: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    dropout: tuple[int | None, int | None, float],
+) -> None:
+    """Fill `out`, and `lse` if it is given; `dropout` is what `dropout_arguments` gave."""
     *_, num_tokens, heads, head_dim = q.shape
-    batch_size = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if bias is not None and (bias.dim() != 3 or bias.shape[0] != heads or min(bias.shape[1:]) < max_seqlen):
         raise ValueError(
             f"attention: bias has shape {tuple(bias.shape)}, expected ({heads}, >= {max_seqlen}, >= {max_seqlen})"
         )
     sizes = config(q, max_seqlen)
-    num_tiles = triton.cdiv(max_seqlen, sizes["BLOCK_M"])
-    programs = batch_size * num_tiles * heads
-    if schedule is not None:
-        num_tiles = schedule_size(batch_size, num_tokens, max_seqlen, sizes["BLOCK_M"])
-        if schedule.shape != (3, num_tiles):
-            raise ValueError(f"attention: schedule has shape {tuple(schedule.shape)}, expected (3, {num_tiles})")
-        programs = num_tiles * heads
-    if out.numel() == 0 or programs == 0:
-        return out
+    batch_size = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    tiles, num_tiles = grid(schedule, batch_size, num_tokens, max_seqlen, sizes["BLOCK_M"])
+    if out.numel() == 0 or tiles == 0:
+        return
     sign, scale = positive_scale(scale)
     strides = [s for t in (q, k, v) for s in (t.stride() if cu_seqlens is None else (0, *t.stride()))]
     with torch.cuda.device_of(q):
-        _attention_kernel[(programs,)](
+        _attention_kernel[(tiles * heads,)](
             q,
             k,
             v,
             out,
+            lse,
             None if cu_seqlens is None else cu_seqlens.contiguous(),
             schedule,
             None if attention_mask is None else attention_mask.contiguous(),
@@ -338,10 +408,10 @@ def attention(
             max_seqlen,
             heads,
             scale * LOG2_E.value,
+            *dropout,
             *strides,
             *((0, 0, 0) if bias is None else bias.stride()),
             SIGN=sign,
             HEAD_DIM=head_dim,
             **sizes,
         )
-    return out

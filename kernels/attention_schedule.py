@@ -27,6 +27,29 @@ def bounds(start_ptr, step, num_tokens, max_seqlen):
     return start.to(tl.int64), seq_len
 
 
+@triton.jit
+def place(cu_seqlens_ptr, schedule_ptr, tile, num_tokens, num_tiles, max_seqlen, BLOCK_M: tl.constexpr):
+    """Where a tile of queries (or of keys) lies; `num_tiles` is as `grid` gives it.
+
+    Returns:
+        Index of its sequence's batch, where it is padded; the sequence's first row there; that row counted over all
+        batches; the sequence's length; and the tile's first row, counted in the sequence. Those of rows are int64.
+    """
+    batch = (tile // num_tiles).to(tl.int64)
+    first = tile % num_tiles * BLOCK_M
+    if schedule_ptr is not None:
+        start, seq_len = bounds(schedule_ptr + tile, num_tiles, num_tokens, max_seqlen)
+        first = tl.load(schedule_ptr + 2 * num_tiles + tile)
+        token = start
+    elif cu_seqlens_ptr is not None:
+        start, seq_len = bounds(cu_seqlens_ptr + batch, 1, num_tokens, max_seqlen)
+        token = start
+    else:
+        start, seq_len = batch * 0, num_tokens
+        token = batch * num_tokens
+    return batch, start, token, seq_len, first
+
+
 @triton.jit(do_not_specialize=["batch_size", "num_tokens", "max_seqlen", "size"])
 def _schedule_kernel(
     cu_seqlens_ptr, schedule_ptr, batch_size, num_tokens, max_seqlen, size, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr
@@ -61,6 +84,21 @@ def _schedule_kernel(
 def schedule_size(batch_size: int, num_tokens: int, max_seqlen: int, block_m: int) -> int:
     """The most tiles of `block_m` queries that sequences can have, by their number and that of their tokens."""
     return min(batch_size * triton.cdiv(max_seqlen, block_m), num_tokens // block_m + batch_size)
+
+
+def grid(schedule: Tensor | None, batch_size: int, num_tokens: int, max_seqlen: int, block_m: int) -> tuple[int, int]:
+    """How many tiles of `block_m` rows all sequences have at most, and the `num_tiles` that `place` wants.
+
+    Raises:
+        ValueError: `schedule` was made for other sizes.
+    """
+    num_tiles = triton.cdiv(max_seqlen, block_m)
+    if schedule is None:
+        return batch_size * num_tiles, num_tiles
+    size = schedule_size(batch_size, num_tokens, max_seqlen, block_m)
+    if schedule.shape != (3, size):
+        raise ValueError(f"attention: schedule has shape {tuple(schedule.shape)}, expected (3, {size})")
+    return size, size
 
 
 def attention_schedule(cu_seqlens: Tensor, num_tokens: int, max_seqlen: int, block_m: int) -> Tensor:

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MODES = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean")
-_CLS, _MEAN, _MAX, _MEAN_SQRT_LEN, _WEIGHTED_MEAN = (tl.constexpr(code) for code in range(len(_MODES)))
+MODES = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean")
+CLS, MEAN, MAX, MEAN_SQRT_LEN, WEIGHTED_MEAN = (tl.constexpr(code) for code in range(len(MODES)))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -31,33 +31,33 @@ def _pooling_kernel(
     start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0), num_tokens)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence + 1), start), num_tokens)
     seq_len = end - start
-    num_read = tl.minimum(seq_len, 1) if MODE == _CLS else seq_len
+    num_read = tl.minimum(seq_len, 1) if MODE == CLS else seq_len
 
     columns = hidden_ptr + start.to(tl.int64) * stride_token + channels.to(tl.int64)[None, :] * stride_channel
-    fill = float("-inf") if MODE == _MAX else 0.0
+    fill = float("-inf") if MODE == MAX else 0.0
     pooled = tl.full((BLOCK_T, BLOCK_C), fill, tl.float32)
     for first in range(0, num_read, BLOCK_T):
         tokens = (first + tl.arange(0, BLOCK_T))[:, None]
         inside = (tokens < num_read) & in_channels[None, :]
         x = tl.load(columns + tokens.to(tl.int64) * stride_token, mask=inside, other=fill).to(tl.float32)
-        if MODE == _MAX:
+        if MODE == MAX:
             pooled = tl.maximum(pooled, x, propagate_nan=tl.PropagateNan.ALL)
-        elif MODE == _WEIGHTED_MEAN:
+        elif MODE == WEIGHTED_MEAN:
             pooled += x * (tokens + 1)
         else:
             pooled += x
 
-    if MODE == _MAX:
+    if MODE == MAX:
         has_nan = tl.max((pooled != pooled).to(tl.int32), axis=0)  # tl.max passes over NaN, torch.amax does not
         out = tl.where(has_nan != 0, float("nan"), tl.max(pooled, axis=0))
         out = tl.where(seq_len > 0, out, 0.0)
     else:
         n = tl.maximum(seq_len, 1).to(tl.float32)
-        if MODE == _MEAN:
+        if MODE == MEAN:
             divisor = n
-        elif MODE == _MEAN_SQRT_LEN:
+        elif MODE == MEAN_SQRT_LEN:
             divisor = tl.sqrt_rn(n)
-        elif MODE == _WEIGHTED_MEAN:
+        elif MODE == WEIGHTED_MEAN:
             divisor = n * (n + 1.0) * 0.5
         else:
             divisor = 1.0
@@ -92,7 +92,7 @@ def pooling(hidden: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
             num_tokens,
             hidden_size,
             *hidden.stride(),
-            MODE=_MODES.index(mode),
+            MODE=MODES.index(mode),
             BLOCK_T=128,
             BLOCK_C=block_c,
         )

@@ -6,8 +6,12 @@ load of a 16-bit dtype. With 768 or 1024 channels a warp has one row of each par
 
 # mypy: allow-untyped-defs
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Elements a program: four such loads a thread in flight, or one where the rows are too few to give every multiprocessor
 # several programs.
@@ -57,3 +61,40 @@ def store_codes(parts, codes_ptr, scales_ptr, rows, in_rows, block, WIDTH: tl.co
         channels = start + block
         codes = (parts[start // BLOCK_N] * inverse).to(tl.float8e4nv)
         tl.store(codes_ptr + rows * WIDTH + channels, codes, mask=in_rows & (channels < WIDTH))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 where CPU tensors stand in for a GPU's."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def sharing_programs(num_tiles: int, device: torch.device) -> int:
+    """How many programs share tiles whose sums each of them keeps: program i has tiles i, i + programs, ...
+
+    Six a multiprocessor are whole rounds of the two or three that fit on it. Which program adds up what depends on
+    sizes alone, and `sum_of_programs` adds up the rest: so a sum has the same bits every time.
+    """
+    return min(num_tiles, 6 * _multiprocessors(device))
+
+
+@triton.jit(do_not_specialize=["num_programs"])
+def _sum_of_programs_kernel(sums_ptr, out_ptr, num_programs, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    columns = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, num_programs, BLOCK_M):
+        programs = (first + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+        inside = (programs < num_programs) & (columns < width)
+        total += tl.load(sums_ptr + programs * width + columns, mask=inside, other=0.0)
+    tl.store(out_ptr + columns, tl.sum(total, axis=0, keep_dims=True), mask=columns < width)
+
+
+def sum_of_programs(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first dimension of contiguous float32 (num_programs, ...), rounded to `dtype` once."""
+    num_programs, *shape = sums.shape
+    out = sums.new_empty(shape, dtype=dtype)
+    with torch.cuda.device_of(sums):
+        _sum_of_programs_kernel[(triton.cdiv(out.numel(), 32),)](
+            sums, out, num_programs, out.numel(), BLOCK_M=64, BLOCK_N=32
+        )
+    return out

@@ -40,7 +40,10 @@ KEPT = Path(__file__).parent.parent / "benchmarks" / "results" / "compile.json"
 
 #: Arguments that differ from call to call: of a kernel compiled for their values there would be several.
 VARYING = {"num_rows", "num_tokens", "num_places", "num_tiles", "batch_size", "padded_batch_size", "capacity"}
-VARYING |= {"seq_len", "max_seqlen", "size"}
+VARYING |= {"seq_len", "max_seqlen", "size", "num_programs", "table_rows", "padding_idx", "seed", "threshold", "tiles"}
+
+#: Of dropout, which the kernels of training are compiled with.
+DROPOUT = (0.1, torch.tensor(1 << 40))
 
 NUM_TOKENS, NUM_ROWS, MODES = 512, 8192, ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean")
 
@@ -85,6 +88,38 @@ def embedding_layer_norm(dtype: torch.dtype, hidden_size: int, quantized: bool =
     return [*arguments, *float8(NUM_ROWS, hidden_size)] if quantized else arguments
 
 
+def bias_gelu_backward(dtype: torch.dtype, approximate: str, features: int) -> list[Any]:
+    x = torch.empty(NUM_ROWS, features, dtype=dtype)
+    return [x, x, x[0], approximate]
+
+
+def residual_layer_norm_train(dtype: torch.dtype, hidden_size: int) -> list[Any]:
+    return [*residual_layer_norm(dtype, hidden_size)[:6], *DROPOUT]
+
+
+def residual_layer_norm_backward(dtype: torch.dtype, hidden_size: int) -> list[Any]:
+    rows = torch.empty(NUM_ROWS, hidden_size, dtype=dtype)
+    return [rows, rows, torch.empty(NUM_ROWS), rows[0], *DROPOUT, dtype]
+
+
+def embedding_layer_norm_train(dtype: torch.dtype, hidden_size: int) -> list[Any]:
+    return [*embedding_layer_norm(dtype, hidden_size)[:9], *DROPOUT]
+
+
+def embedding_layer_norm_backward(dtype: torch.dtype, hidden_size: int) -> list[Any]:
+    ids, rows = torch.zeros(NUM_ROWS, dtype=torch.int64), torch.empty(NUM_ROWS, hidden_size, dtype=dtype)
+    return [rows, ids, ids, ids, rows, torch.empty(NUM_ROWS), rows[0], 30522, 512, 2, *DROPOUT, 0]
+
+
+def cross_entropy_(dtype: torch.dtype, num_classes: int) -> list[Any]:
+    return [torch.empty(64, num_classes, dtype=dtype), torch.empty(num_classes), torch.zeros(64, dtype=torch.int64)]
+
+
+def pooling_backward(dtype: torch.dtype, mode: str) -> list[Any]:
+    hidden, cu_seqlens, _ = pooling(dtype, mode)
+    return [hidden[:1], hidden, cu_seqlens, mode]
+
+
 def quantize_rows(dtype: torch.dtype, width: int) -> list[Any]:
     return [torch.empty(NUM_ROWS, width, dtype=dtype)]
 
@@ -105,16 +140,29 @@ def attention(dtype: torch.dtype, form: str, head_dim: int, seq_len: int) -> lis
     if form in ("padded", "masked"):
         qkv = [t.unflatten(0, (-1, seq_len)) for t in qkv]
         mask = torch.ones(qkv[0].shape[:2], dtype=torch.bool) if form == "masked" else None
-        return [*qkv, None, seq_len, mask, *last]
+        return [*qkv, None, seq_len, mask, *last, None, None]
     cu_seqlens = torch.arange(0, NUM_TOKENS + 1, seq_len, dtype=torch.int32)
     bias = torch.empty(12, seq_len, seq_len, dtype=dtype) if form == "biased" else None
     schedule = None
     if form == "scheduled":
-        module = importlib.import_module("bert_fast.kernels.attention")
-        block_m, size = module.config(qkv[0], seq_len)["BLOCK_M"], module.schedule_size
+        block_m = importlib.import_module("bert_fast.kernels.attention").config(qkv[0], seq_len)["BLOCK_M"]
+        size = importlib.import_module("bert_fast.kernels.attention_schedule").schedule_size
         tiles = size(len(cu_seqlens) - 1, NUM_TOKENS, seq_len, block_m)
         schedule = torch.zeros(3, tiles, dtype=torch.int32)
     return [*qkv, cu_seqlens, seq_len, None, *last, bias, schedule]
+
+
+def attention_train(dtype: torch.dtype, form: str, head_dim: int, seq_len: int) -> list[Any]:
+    *arguments, _, bias, schedule = attention(dtype, form, head_dim, seq_len)
+    dropout_p, seed = DROPOUT
+    return [*arguments, dropout_p, bias, schedule, seed]
+
+
+def attention_backward(dtype: torch.dtype, form: str, head_dim: int, seq_len: int, dropout: bool) -> list[Any]:
+    q, k, v, *others = attention_train(dtype, form, head_dim, seq_len)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:-1])
+    others[4:] = others[4:] if dropout else [0.0, None, others[6], None]
+    return [out, q, k, v, out, lse, *others]
 
 
 def attention_schedule(dtype: torch.dtype, block_m: int) -> list[Any]:
@@ -161,11 +209,20 @@ def cases(dtypes: list[torch.dtype], sweep: bool) -> Iterator[tuple[Any, ...]]:
         for dtype in dtypes:
             yield from ((bias_gelu, dtype, approximate) for approximate in ("none", "tanh"))
             yield from ((op, dtype, n) for op in (residual_layer_norm, embedding_layer_norm) for n in (384, 1024, 9000))
-            yield from ((pooling, dtype, mode) for mode in MODES)
+            yield from ((op, dtype, mode) for op in (pooling, pooling_backward) for mode in MODES)
+            yield from ((residual_layer_norm_train, dtype, n) for n in (384, 1024, 5120))
+            yield from ((residual_layer_norm_backward, dtype, n) for n in (384, 1024, 5120))
+            yield from ((op, dtype, 1024) for op in (embedding_layer_norm_train, embedding_layer_norm_backward))
+            yield from ((bias_gelu_backward, dtype, "tanh", n) for n in (1536, 4096))
+            yield from ((cross_entropy_, dtype, n) for n in (1000, 300_000))
             yield unpack, dtype, 1024
         for mask, (form, seq_len) in itertools.product((torch.bool, torch.float32), (("typed", 64), ("masked", 2000))):
             yield inspect, mask, form, seq_len
             yield from ((pack, mask, form, seq_len, True, wanted) for wanted in ("index", "inverse"))
+        for head_dim, seq_len in ((64, 64), (64, 128), (64, 512), (128, 64), (128, 512), (256, 512)):
+            yield attention_train, half, "masked", head_dim, seq_len
+            yield attention_backward, half, "masked" if seq_len == 512 else "ragged", head_dim, seq_len, True
+        yield attention_backward, torch.float32, "masked", 256, 512, True
         for dtype, (head_dim, seq_len) in itertools.product(dtypes, heads):
             yield attention, dtype, "biased", head_dim, seq_len
             yield attention, dtype, "masked" if seq_len == 512 else "scheduled", head_dim, seq_len
@@ -174,10 +231,19 @@ def cases(dtypes: list[torch.dtype], sweep: bool) -> Iterator[tuple[Any, ...]]:
         return
     for dtype in dtypes:
         yield from [(bias_gelu, dtype, "none"), (residual_layer_norm, dtype, 768)]
+        yield from ((op, dtype, 768) for op in (residual_layer_norm_train, residual_layer_norm_backward))
+        yield bias_gelu_backward, dtype, "none", 3072
         yield from ((attention, dtype, "ragged", 64, seq_len) for seq_len in (64, 128, 512))
     yield from [(bias_gelu, half, "tanh"), (embedding_layer_norm, half, 768), (pooling, half, "max")]
     yield from [
         (pooling, half, "weightedmean"),
+        (embedding_layer_norm_train, half, 768),
+        (embedding_layer_norm_backward, half, 768),
+        (pooling_backward, half, "max"),
+        (cross_entropy_, half, 30522),
+        (attention_train, half, "ragged", 64, 512),
+        (attention_backward, half, "ragged", 64, 512, True),
+        (attention_backward, torch.float32, "ragged", 64, 512, True),
         (attention, half, "masked", 32, 512),
         (attention, half, "ragged", 32, 128),
         (attention_schedule, half, 128),
@@ -207,6 +273,10 @@ def cases_by_gpu(compute_capability: int, sweep: bool) -> Iterator[tuple[Any, ..
             (linear_gelu, torch.bfloat16, 768, "none", *config) for config in (*candidates[:1], *candidates[-1:])
         )
         yield (residual_layer_norm, torch.float16, 768, False, 16)
+        # What BERT trains with: sequences of one tile, those of two kernels, with and without dropout.
+        yield from ((attention_train, torch.bfloat16, "ragged", 64, seq_len) for seq_len in (64, 128, 512))
+        yield from ((attention_backward, torch.bfloat16, "ragged", 64, seq_len, True) for seq_len in (64, 128, 512))
+        yield attention_backward, torch.bfloat16, "scheduled", 64, 256, False
     if compute_capability >= 90:
         yield from ((op, torch.float16, 768, True) for op in (residual_layer_norm, embedding_layer_norm))
         yield from [
@@ -219,6 +289,8 @@ def cases_by_gpu(compute_capability: int, sweep: bool) -> Iterator[tuple[Any, ..
 LAUNCHERS = {
     "linear_gelu": ("linear_gelu", "by_epilogue"),
     "quantize_rows": ("quantize", "quantize_rows"),
+    "cross_entropy_": ("cross_entropy", "cross_entropy_"),
+    **{f"{op}_train": (op, f"{op}_train") for op in ("residual_layer_norm", "embedding_layer_norm", "attention")},
     **{op: ("packing", op) for op in ("inspect", "pack", "unpack")},
 }
 
@@ -236,8 +308,9 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def specialised(kernel: Any) -> list[str]:
     """Those of the `VARYING` arguments whose value, or that it is divisible by 16, a kernel was compiled for."""
-    names = kernel.src.fn.arg_names
-    return sorted({names[path[0]] for path in (*kernel.src.attrs, *kernel.src.constants)} & VARYING)
+    names, constants = kernel.src.fn.arg_names, kernel.src.constants
+    given = (path for path, value in constants.items() if value is not None)
+    return sorted({names[path[0]] for path in (*kernel.src.attrs, *given)} & VARYING)
 
 
 @contextmanager
@@ -255,32 +328,44 @@ def compiling_only(compiled: list[Any]) -> Iterator[None]:
 
 
 def compile_cases(compute_capability: int, sweep: bool) -> Iterator[dict[str, Any]]:
-    """What the compiler made of every case."""
+    """What the compiler made of every case: of the launcher's first kernel by the op's name, of others by their own."""
     driver.set_active(AbsentGpu(compute_capability))
     # CPU tensors stand in for those of the absent GPU.
     importlib.import_module("bert_fast.kernels.attention").has_matrix_units = lambda device: compute_capability >= 80
+    backward = importlib.import_module("bert_fast.kernels.attention_backward")
+    backward.has_warpgroup_products = lambda device: compute_capability >= 90
 
     dtypes = [torch.float16, torch.float32] + [torch.bfloat16] * (compute_capability >= 80 and not sweep)
     compiled: list[Any] = []
+    seen: set[int] = set()
     for make, dtype, *options in itertools.chain(cases(dtypes, sweep), cases_by_gpu(compute_capability, sweep)):
         op = make.__name__
         module, launcher = LAUNCHERS.get(op, (op, op))
         with compiling_only(compiled):
             getattr(importlib.import_module(f"bert_fast.kernels.{module}"), launcher)(*make(dtype, *options))
-        kernel = compiled.pop()
-        ptx = kernel.asm["ptx"]
-        yield {
-            "op": op,
-            "dtype": str(dtype).removeprefix("torch."),
-            "options": options,
-            **resources(kernel.asm["cubin"]),
-            "shared_bytes": kernel.metadata.shared,
-            "specialised": specialised(kernel),
-            "divisions": sorted(set(re.findall(r"\bdiv\.\w+\.f32", ptx))),
-            "loads": kernel.asm["ttgir"].count("tt.load"),
-            "widest_load": max(map(int, re.findall(r"ld\.global(?:\.\w+)*?\.v(\d)\.b32", ptx)), default=1) * 4,
-            "matrix_instructions": sorted(set(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx))),
-        }
+        first, *others = compiled
+        compiled.clear()
+        yield {"op": op, "dtype": str(dtype).removeprefix("torch."), "options": options, **result(first)}
+        for kernel in others:
+            if id(kernel) not in seen:  # several launchers end with the same one
+                seen.add(id(kernel))
+                name = kernel.metadata.name.removeprefix("_").removesuffix("_kernel")
+                yield {"op": name, "dtype": str(dtype).removeprefix("torch."), "options": options, **result(kernel)}
+
+
+def result(kernel: Any) -> dict[str, Any]:
+    """What a kernel needs, and what is told by its code."""
+    ptx = kernel.asm["ptx"]
+    return {
+        **resources(kernel.asm["cubin"]),
+        "shared_bytes": kernel.metadata.shared,
+        "specialised": specialised(kernel),
+        "divisions": sorted(set(re.findall(r"\bdiv\.\w+\.f32", ptx))),
+        "high_products": ptx.count("mul.hi.u32"),
+        "loads": kernel.asm["ttgir"].count("tt.load"),
+        "widest_load": max(map(int, re.findall(r"ld\.global(?:\.\w+)*?\.v(\d)\.b32", ptx)), default=1) * 4,
+        "matrix_instructions": sorted(set(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx))),
+    }
 
 
 def write() -> None:

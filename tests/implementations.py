@@ -35,9 +35,10 @@ class Implementation:
     device: str = "cpu"
     isa: str | None = None
 
-    def __call__(self, op: str, *args: Any, **options: Any) -> Tensor:
-        """Run the op's launcher."""
-        module = f"bert_fast.kernels.{op}" if self.name == "triton" else "bert_fast._C"
+    def __call__(self, op: str, *args: Any, **options: Any) -> Any:
+        """Run the op's launcher. In Triton `<op>_train` is in the file of `op`, `<op>_backward` in one of its own."""
+        file = op.removesuffix("_train").rstrip("_")
+        module = f"bert_fast.kernels.{file}" if self.name == "triton" else "bert_fast._C"
         return getattr(importlib.import_module(module), op)(*args, **options)
 
     def randn(self, *shape: int) -> Tensor:

@@ -69,14 +69,15 @@ def assert_forward(run: Callable[..., Tensor], reference: Callable[..., Tensor],
 def assert_gradients(run: Callable[..., Tensor], reference: Callable[..., Tensor], *inputs: Tensor) -> None:
     """The gradients of `run` by each of `inputs`, under a random upstream gradient, are no worse than reference's."""
     upstream = torch.randn_like(reference(*inputs))
-    fast, plain, truth = (
-        _gradients(function, tensors, grad)
-        for function, tensors, grad in (
-            (run, inputs, upstream),
-            (reference, inputs, upstream),
-            (reference, [t.double() for t in inputs], upstream.double()),
-        )
-    )
+    assert_given_gradients(_gradients(run, inputs, upstream), reference, inputs, upstream)
+
+
+def assert_given_gradients(
+    fast: Sequence[Tensor], reference: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor
+) -> None:
+    """`fast`, a gradient for each of `inputs` under `upstream`, are no worse than `reference`'s."""
+    plain = _gradients(reference, inputs, upstream)
+    truth = _gradients(reference, [t.double() for t in inputs], upstream.double())
     for index, (f, p, t) in enumerate(zip(fast, plain, truth, strict=True)):
         assert_no_worse(f, p, t, name=f"gradient of input {index}")
 

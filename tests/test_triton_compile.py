@@ -49,14 +49,25 @@ def _compile(compute_capability: int, *flags: str) -> list[dict[str, Any]]:
 
 #: Bytes a thread may spill: ptxas puts a register or two aside to keep one more program on a multiprocessor.
 MOST_SPILLED_BYTES = 8
+#: But in the gradients of attention at head_dim 256, whose sums take half of all registers, and without matrix units.
+MOST_SPILLED_BYTES_OF_LARGE = 400
 
 
 #: Registers by which a compilation may differ from the one that is kept.
 REGISTERS = 8
 #: Reads of ids, and of tensors with channels, each of which a kernel reads once however often it uses it.
 LOADS = {"residual_layer_norm": (0, 5), "embedding_layer_norm": (3, 5), "bias_gelu": (0, 2), "quantize_rows": (0, 1)}
+LOADS |= {"residual_layer_norm_train": (0, 5), "embedding_layer_norm_train": (3, 5)}
+LOADS |= {"residual_layer_norm_backward": (0, 4), "embedding_layer_norm_backward": (0, 4), "bias_gelu_backward": (1, 2)}
 #: What divides as the interpreter does: means of equal values, and scales whose codes lie between two.
 EXACT_DIVISIONS = {"residual_layer_norm", "embedding_layer_norm", "quantize_rows"}
+EXACT_DIVISIONS |= {"residual_layer_norm_train", "embedding_layer_norm_train", "pooling_backward"}
+#: What loads 16 bytes at once. (Not cross_entropy_: rows of 30522 are not so aligned.)
+WIDE_LOADS = {"bias_gelu", "residual_layer_norm", "embedding_layer_norm", "quantize_rows", "unpack", "pieces", "tables"}
+WIDE_LOADS |= {"sum_of_programs", "residual_layer_norm_train", "residual_layer_norm_backward", "bias_gelu_backward"}
+WIDE_LOADS |= {"embedding_layer_norm_train", "embedding_layer_norm_backward"}
+#: High halves of products in one call of Philox, which decides about all of a thread's neighbours.
+HIGH_PRODUCTS = 14
 
 
 def check(rows: list[dict[str, Any]], compute_capability: int) -> None:
@@ -66,7 +77,8 @@ def check(rows: list[dict[str, Any]], compute_capability: int) -> None:
             registers, *expected = kept[f"sm_{compute_capability}"][key(row)]
             assert [row["spilled_bytes"], row["shared_bytes"]] == expected, row
             assert abs(row["registers"] - registers) <= REGISTERS, row
-        assert row["spilled_bytes"] <= MOST_SPILLED_BYTES, row
+        large = row["op"].startswith("attention_backward") and (row["options"][1] == 256 or compute_capability < 80)
+        assert row["spilled_bytes"] <= (MOST_SPILLED_BYTES_OF_LARGE if large else MOST_SPILLED_BYTES), row
         assert row["shared_bytes"] <= SHARED_BYTES[compute_capability], row
         if row["op"].startswith("attention") and row["op"] != "attention_schedule":
             expected = [] if row["dtype"] == "float32" else MATRIX_INSTRUCTION[compute_capability]
@@ -76,7 +88,7 @@ def check(rows: list[dict[str, Any]], compute_capability: int) -> None:
             assert "div.rn.f32" in row["divisions"], row
         if row["op"] == "linear_gelu":
             assert row["matrix_instructions"] == MATRIX_INSTRUCTION[compute_capability], row
-        if row["op"] in ("bias_gelu", "residual_layer_norm", "embedding_layer_norm", "quantize_rows", "unpack"):
+        if row["op"] in WIDE_LOADS:
             assert row["widest_load"] == 16, row  # lost when the divisibility of pointers and strides is
 
 
@@ -93,6 +105,9 @@ def test_kernels_compile_as_meant(compute_capability: int) -> None:
     rows = compiled(compute_capability)
     expected = {"attention", "attention_probabilities", "attention_schedule", "bias_gelu", "embedding_layer_norm"}
     expected |= {"pooling", "residual_layer_norm", "inspect", "pack", "unpack"}
+    expected |= {f"{op}_layer_norm_{way}" for op in ("residual", "embedding") for way in ("train", "backward")}
+    expected |= {"bias_gelu_backward", "pooling_backward", "cross_entropy_", "sum_of_programs", "pieces", "tables"}
+    expected |= {"attention_train", "attention_backward", "attention_backward_keys"}
     expected |= {"linear_gelu"} if compute_capability >= 80 else set()
     expected |= {"quantize_rows"} if compute_capability >= 90 else set()
     assert {row["op"] for row in rows} == expected
@@ -100,9 +115,11 @@ def test_kernels_compile_as_meant(compute_capability: int) -> None:
     for row in rows:
         if row["op"] in LOADS:
             # A part of the row is a load; few rows are in one part, and so is what is cut by elements.
-            parts = 1 if 16 in row["options"] or (row["op"] == "bias_gelu" and True not in row["options"]) else 3
+            parts = 1 if 16 in row["options"] or ("bias_gelu" in row["op"] and True not in row["options"]) else 3
             ids, tensors = LOADS[row["op"]]
             assert row["loads"] == ids + parts * tensors, row
+            calls = parts * (2 if row["dtype"] == "float32" else 1)  # 8 neighbours in 16 bits, twice 4 in float32
+            assert row["high_products"] <= HIGH_PRODUCTS * calls, row
 
 
 @pytest.mark.slow

@@ -155,9 +155,10 @@ struct AttentionTrain {
 template <class T>
 struct AttentionBackward {
   const T *grad, *q, *k, *v;
+  const T* out;      // of the forward
   const float* lse;  // of the forward
-  T *dq, *dk, *dv;   // all with the strides `out_strides`
-  AttentionStrides grad_strides, q_strides, k_strides, v_strides, out_strides;
+  T *dq, *dk, *dv;   // all with the strides `gradient_strides`
+  AttentionStrides grad_strides, q_strides, k_strides, v_strides, out_strides, gradient_strides;
   int64_t head_dim;
   float scale;  // of the scores
   AttentionRows rows;

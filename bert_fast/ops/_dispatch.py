@@ -6,12 +6,14 @@ dtype and a few op-specific `Traits`; it is made once per combination and rememb
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -290,3 +292,12 @@ def extension() -> Any | None:
     except ImportError:
         return None
     return _C
+
+
+def triton_launchers(op: str, forward: str) -> SimpleNamespace:
+    """Triton's launchers of an op in training: `forward`, and the op's backward."""
+    backward = f"{op}_backward"
+    launchers = SimpleNamespace()
+    for module, name in ((op, forward), (backward, backward)):
+        setattr(launchers, name, getattr(importlib.import_module(f"bert_fast.kernels.{module}"), name))
+    return launchers

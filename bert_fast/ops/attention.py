@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bert_fast.ops import _check
 from bert_fast.ops._autograd import Gradient
-from bert_fast.ops._dispatch import Impl, Op, Traits, extension
+from bert_fast.ops._dispatch import Impl, Op, Traits, extension, triton_launchers
 from bert_fast.ops._dropout import draw_seeds, dropout
 
 _SHAPES = "(batch_size, seq_len, heads, head_dim), or (num_tokens, heads, head_dim) with cu_seqlens"
@@ -156,6 +156,10 @@ def _load_triton() -> Callable[..., Tensor]:
     return lambda *args, **out: attention(*args[:10], **out)
 
 
+def _load_triton_training() -> Any:
+    return triton_launchers("attention", "attention_train")
+
+
 def _load_cpp() -> Callable[..., Tensor]:
     from bert_fast import _C
 
@@ -172,6 +176,8 @@ def _cpp_limits(traits: Traits) -> str | None:
 
 
 def _triton_limits(traits: Traits) -> str | None:
+    if traits.bias and traits.dropout:
+        return "has no dropout beside a bias"
     return None if traits.head_dim <= 256 else f"takes head_dim up to 256, not {traits.head_dim}"
 
 
@@ -201,7 +207,14 @@ OP = Op(
     fake=fake,
     check=check,
     impls=(
-        Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton, _triton_limits),
+        Impl(
+            "triton",
+            "cuda",
+            (torch.float32, torch.float16, torch.bfloat16),
+            _load_triton,
+            _triton_limits,
+            load_training=_load_triton_training,
+        ),
         Impl(
             "cpp",
             "cpu",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bert_fast.ops import _check
 from bert_fast.ops._autograd import Gradient
-from bert_fast.ops._dispatch import Impl, Op, extension
+from bert_fast.ops._dispatch import Impl, Op, extension, triton_launchers
 
 APPROXIMATIONS = ("none", "tanh")
 
@@ -41,6 +41,10 @@ def _load_triton() -> Callable[..., Tensor]:
     return bias_gelu
 
 
+def _load_triton_training() -> Any:
+    return triton_launchers("bias_gelu", "bias_gelu")
+
+
 def _load_cpp() -> Callable[..., Tensor]:
     from bert_fast._C import bias_gelu
 
@@ -64,7 +68,13 @@ OP = Op(
     fake=fake,
     check=check,
     impls=(
-        Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton),
+        Impl(
+            "triton",
+            "cuda",
+            (torch.float32, torch.float16, torch.bfloat16),
+            _load_triton,
+            load_training=_load_triton_training,
+        ),
         Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True, load_training=extension),
     ),
     gradient=Gradient(_forward, _backward, reads=(0, 1)),

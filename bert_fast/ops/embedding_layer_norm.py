@@ -12,7 +12,7 @@ from torch import Tensor
 from bert_fast.checks import ids_in_range
 from bert_fast.ops import _check
 from bert_fast.ops._autograd import Gradient
-from bert_fast.ops._dispatch import Impl, Op, Traits, extension
+from bert_fast.ops._dispatch import Impl, Op, Traits, extension, triton_launchers
 from bert_fast.ops._dropout import draw_seeds, dropout
 
 
@@ -110,6 +110,10 @@ def _load_triton() -> Callable[..., Tensor]:
     return _forward_only(embedding_layer_norm)
 
 
+def _load_triton_training() -> Any:
+    return triton_launchers("embedding_layer_norm", "embedding_layer_norm_train")
+
+
 def _load_cpp() -> Callable[..., Tensor]:
     from bert_fast._C import embedding_layer_norm
 
@@ -145,7 +149,13 @@ OP = Op(
     fake=fake,
     check=check,
     impls=(
-        Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton),
+        Impl(
+            "triton",
+            "cuda",
+            (torch.float32, torch.float16, torch.bfloat16),
+            _load_triton,
+            load_training=_load_triton_training,
+        ),
         Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True, load_training=extension),
     ),
     lead=3,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bert_fast.ops import _check
 from bert_fast.ops._autograd import Gradient
-from bert_fast.ops._dispatch import Impl, Op, extension
+from bert_fast.ops._dispatch import Impl, Op, extension, triton_launchers
 
 #: The names that sentence-transformers gives the modes in its `pooling_mode`.
 MODES = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean")
@@ -62,6 +62,10 @@ def _load_triton() -> Callable[..., Tensor]:
     return pooling
 
 
+def _load_triton_training() -> Any:
+    return triton_launchers("pooling", "pooling")
+
+
 def _load_cpp() -> Callable[..., Tensor]:
     from bert_fast._C import pooling
 
@@ -85,7 +89,13 @@ OP = Op(
     fake=fake,
     check=check,
     impls=(
-        Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton),
+        Impl(
+            "triton",
+            "cuda",
+            (torch.float32, torch.float16, torch.bfloat16),
+            _load_triton,
+            load_training=_load_triton_training,
+        ),
         Impl("cpp", "cpu", (torch.float32, torch.bfloat16), _load_cpp, validates=True, load_training=extension),
     ),
     gradient=Gradient(_forward, _backward, reads=(0, 1)),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bert_fast.ops import _check
 from bert_fast.ops._autograd import Gradient
-from bert_fast.ops._dispatch import Impl, Op, Traits, extension
+from bert_fast.ops._dispatch import Impl, Op, Traits, extension, triton_launchers
 from bert_fast.ops._dropout import draw_seeds, dropout
 
 #: dtypes that x may have beside float32, as autocast has it.
@@ -77,6 +77,10 @@ def _load_triton() -> Callable[..., Tensor]:
     return _without_seed(residual_layer_norm)
 
 
+def _load_triton_training() -> Any:
+    return triton_launchers("residual_layer_norm", "residual_layer_norm_train")
+
+
 def _load_cpp() -> Callable[..., Tensor]:
     from bert_fast._C import residual_layer_norm
 
@@ -127,7 +131,13 @@ OP = Op(
     fake=fake,
     check=check,
     impls=(
-        Impl("triton", "cuda", (torch.float32, torch.float16, torch.bfloat16), _load_triton),
+        Impl(
+            "triton",
+            "cuda",
+            (torch.float32, torch.float16, torch.bfloat16),
+            _load_triton,
+            load_training=_load_triton_training,
+        ),
         Impl(
             "cpp",
             "cpu",

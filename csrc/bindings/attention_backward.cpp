@@ -60,14 +60,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
   const AttentionBatch batch(op, q, k, v, cu_seqlens, attention_mask);
   check_kind(op, "grad", grad, "q", q);
   check_shape(op, "grad", grad, q.sizes());
-  check_kind(op, "out", out, "q", q);  // what a row's gradients add up to comes from them here, not from `out`
+  check_kind(op, "out", out, "q", q);
   check_shape(op, "out", out, q.sizes());
   check_cpu(op, "lse", lse);
   TORCH_CHECK_VALUE(lse.scalar_type() == at::kFloat, op, ": lse is ", dtype_text(lse), ", expected torch.float32");
   check_shape(op, "lse", lse, q.sizes().slice(0, q.dim() - 1));
   const TrainingTable& table = *chosen_kernels().training;
   const Tensor dense_q = with_dense_heads(q), dense_k = with_dense_heads(k), dense_v = with_dense_heads(v);
-  const Tensor dense_grad = with_dense_heads(grad), statistics = contiguous(lse);
+  const Tensor dense_grad = with_dense_heads(grad), dense_out = with_dense_heads(out), statistics = contiguous(lse);
   std::vector<int64_t> shape = q.sizes().vec();
   shape.insert(shape.end() - 2, 3);
   const Tensor gradients = at::empty(shape, q.options());
@@ -80,6 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
                                     data<T>(dense_q),
                                     data<T>(dense_k),
                                     data<T>(dense_v),
+                                    data<T>(dense_out),
                                     data<float>(statistics),
                                     mutable_data<T>(dq),
                                     mutable_data<T>(dk),
@@ -88,6 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const 
                                     attention_strides(dense_q),
                                     attention_strides(dense_k),
                                     attention_strides(dense_v),
+                                    attention_strides(dense_out),
                                     attention_strides(dq),
                                     q.size(-1),
                                     static_cast<float>(scale),

@@ -142,7 +142,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
                  const std::optional<Tensor>& out_argument) {
   const char* op = "attention";
   check_no_dropout(op, dropout_p);
-  AttentionBatch batch(op, q, k, v, cu_seqlens, attention_mask);
+  const AttentionBatch batch(op, q, k, v, cu_seqlens, attention_mask);
   const KernelTable& table = chosen_kernels();
   const Tensor dense_q = with_dense_heads(q), dense_k = with_dense_heads(k), dense_v = with_dense_heads(v);
   const Tensor out = result(op, out_argument, q.sizes(), q);

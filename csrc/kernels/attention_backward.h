@@ -3,10 +3,12 @@
 //
 //   out = (P D) v,  dv = (P D)^T grad,  dP = (grad v^T) D,  dS = P (dP - delta),  dq = scale dS k,  dk = scale dS^T q
 //
-// where delta is the sum of P dP over a row. Every product runs over packed panels (product.h): K and V are packed
-// once; blocks of ATTENTION_BLOCK queries meet all the keys, their P and dS stay in a cache and are read twice, as they
-// lie and transposed. dk and dv add up over the blocks in float, in order: the result does not depend on the threads.
-// Memory grows with the length of the sequence, not with its square.
+// where delta is the sum of P dP over a row, or grad out^T. Where one key has nearly all of P, dP - delta is much
+// smaller than both, and their roundings are not: delta is taken as grad out^T, which comes off first, plus the sum of
+// P times what is left of dP, which makes up for the roundings of the former. Every product runs over packed panels
+// (product.h): K and V are packed once; blocks of ATTENTION_BLOCK queries meet all the keys, their P and dS stay in a
+// cache and are read twice, as they lie and transposed. dk and dv add up over the blocks in float, in order: the result
+// does not depend on the threads. Memory grows with the length of the sequence, not with its square.
 //
 // bfloat16 is multiplied as in the forward, with P and dS rounded to bfloat16.
 #pragma once
@@ -56,46 +58,68 @@ struct GradientRows {
   int64_t length;
 };
 
-// Scores of one query -> P; returns delta, without the factor of dropout.
-template <class Keep>
-BERT_FAST_INLINE Vec probabilities_row(const GradientRows& rows, int64_t row, float scale, float lse,
-                                       const Keep& keep) {
+// What is known of a query: the logarithm of the sum of its powers, and grad out^T without the factor of dropout.
+struct RowStatistics {
+  float lse, delta;
+};
+
+// What belongs to a row of probabilities: one over the sum of what stands for them, and what its statistics' delta is
+// short of.
+struct RowGradient {
+  Vec inverse, rest;
+};
+
+// e^x for x <= 87; zero below -87. A NaN stays one. Keys that no query looks at have gradients, too, which in float are
+// seen as well as the others': the relative error must not grow with |x|.
+BERT_FAST_INLINE Vec exp(Vec x) { return select_ge(x, set1(-87.0f), exp_product(x, set1(1.0f)), max(set1(0.0f), x)); }
+
+// Scores of one query -> P times a number close to one, which the rounding of the logarithm makes, and `inverse`
+// undoes; grad v^T -> dP less delta.
+template <bool EXACT, class Keep>
+BERT_FAST_INLINE RowGradient probabilities_row(const GradientRows& rows, int64_t row, float scale,
+                                               const RowStatistics& known, const Keep& keep) {
   float* scores = rows.scores + row * rows.stride;
-  const float* grads = rows.grads + row * rows.stride;
-  const Vec unit = set1(std::abs(scale)), shift = set1(lse);
-  Vec delta = set1(0.0f);
+  float* grads = rows.grads + row * rows.stride;
+  const Vec unit = set1(std::abs(scale)), shift = set1(known.lse), delta = set1(known.delta);
+  Vec total = set1(0.0f), rest = set1(0.0f);
   for (int64_t i = 0; i < rows.length; i += LANES) {
-    // As the forward computes the logarithm, so that a single key's is taken off to nothing.
-    const Vec power = (load(scores + i) * unit - shift) * set1(1.44269504f);  // log2(e)
-    const Vec p = first(exp2(power), rows.length - i, set1(0.0f));
-    delta = fma(p, keep(load(grads + i), i), delta);
+    // Scaled as the forward does it before the logarithm, so that a single key's is taken off to nothing.
+    const Vec power = load(scores + i) * unit - shift;
+    const Vec p = first(EXACT ? exp(power) : exp2(power * set1(1.44269504f)), rows.length - i, set1(0.0f));
+    const Vec centred = keep(load(grads + i), i) - delta;
+    total = total + p;
+    rest = fma(p, centred, rest);
     store(scores + i, p);
+    store(grads + i, centred);
   }
-  return set1(sum(delta));
+  const float inverse = 1.0f / sum(total);
+  return {set1(inverse), set1(sum(rest) * inverse)};
 }
 
-// P and grad v^T of one query, or of two for a product of pairs -> what the products read, in their place: `scores` the
-// kept P by columns, `grads` dS by rows, and for pairs, which differ by rows and by columns, dS by columns in the
-// second row of `scores`.
+// What probabilities_row leaves of one query, or of two for a product of pairs -> what the products read, in its place:
+// `scores` the kept P by columns, `grads` dS by rows, and for pairs, which differ by rows and by columns, dS by columns
+// in the second row of `scores`.
 template <class Keep>
-BERT_FAST_INLINE void gradient_row(const GradientRows& rows, int64_t row, Vec delta, const Keep& keep) {
+BERT_FAST_INLINE void gradient_row(const GradientRows& rows, int64_t row, const RowGradient& gradient,
+                                   const Keep& keep) {
   float* scores = rows.scores + row * rows.stride;
   float* grads = rows.grads + row * rows.stride;
   for (int64_t i = 0; i < rows.length; i += LANES) {
-    const Vec p = load(scores + i);
-    store(grads + i, p * (keep(load(grads + i), i) - delta));
+    const Vec p = load(scores + i) * gradient.inverse;
+    store(grads + i, p * (load(grads + i) - gradient.rest));
     store(scores + i, keep(p, i));
   }
 }
 template <class Keep>
-BERT_FAST_INLINE void gradient_pair(const GradientRows& rows, int64_t row, const Vec (&deltas)[2], const Keep& keep,
-                                    const Keep& keep_next) {
+BERT_FAST_INLINE void gradient_pair(const GradientRows& rows, int64_t row, const RowGradient& gradient,
+                                    const RowGradient& gradient_next, const Keep& keep, const Keep& keep_next) {
   float* scores = rows.scores + row * rows.stride;
   float* grads = rows.grads + row * rows.stride;
   for (int64_t i = 0; i < rows.length; i += LANES) {
-    const Vec p = load(scores + i), p_next = load(scores + rows.stride + i);
-    const Vec ds = p * (keep(load(grads + i), i) - deltas[0]);
-    const Vec ds_next = p_next * (keep_next(load(grads + rows.stride + i), i) - deltas[1]);
+    const Vec p = load(scores + i) * gradient.inverse;
+    const Vec p_next = load(scores + rows.stride + i) * gradient_next.inverse;
+    const Vec ds = p * (load(grads + i) - gradient.rest);
+    const Vec ds_next = p_next * (load(grads + rows.stride + i) - gradient_next.rest);
     store(scores + i, from_bits(pack_pairs(keep(p, i), keep_next(p_next, i))));
     store(scores + rows.stride + i, from_bits(pack_pairs(ds, ds_next)));
     store(reinterpret_cast<bfloat16*>(grads) + i, ds);
@@ -103,26 +127,33 @@ BERT_FAST_INLINE void gradient_pair(const GradientRows& rows, int64_t row, const
   }
 }
 
-// All rows of a block; keep(i) says what dropout keeps of its query i, lse(i) is the logarithm of its sum.
-template <class P, class Keep, class Lse>
-void softmax_backward(const GradientRows& rows, int64_t count, float scale, const Keep& keep, const Lse& lse) {
+// All rows of a block; keep(i) says what dropout keeps of its query i, known(i) what is known of it.
+template <class P, class Keep, class Known>
+void softmax_backward(const GradientRows& rows, int64_t count, float scale, const Keep& keep, const Known& known) {
   for (int64_t i = 0; i < count; i += P::DEPTH) {
     const auto kept = keep(i);
-    const Vec delta = probabilities_row(rows, i, scale, lse(i), kept);
+    const RowGradient gradient = probabilities_row<P::DEPTH == 1>(rows, i, scale, known(i), kept);
     if constexpr (P::DEPTH == 1) {
-      gradient_row(rows, i, delta, kept);
+      gradient_row(rows, i, gradient, kept);
     } else {
       const auto kept_next = keep(i + 1);
-      Vec delta_next = set1(0.0f);
+      RowGradient next{set1(0.0f), set1(0.0f)};
       if (i + 1 < count) {
-        delta_next = probabilities_row(rows, i + 1, scale, lse(i + 1), kept_next);
+        next = probabilities_row<P::DEPTH == 1>(rows, i + 1, scale, known(i + 1), kept_next);
       } else {  // a pair's second query that is none
         std::fill_n(rows.scores + (i + 1) * rows.stride, rows.stride, 0.0f);
         std::fill_n(rows.grads + (i + 1) * rows.stride, rows.stride, 0.0f);
       }
-      gradient_pair(rows, i, {delta, delta_next}, kept, kept_next);
+      gradient_pair(rows, i, gradient, next, kept, kept_next);
     }
   }
+}
+
+template <class T>
+BERT_FAST_INLINE float dot(const T* a, const T* b, int64_t size) {
+  Vec total = set1(0.0f);
+  for (int64_t i = 0; i < size; i += LANES) total = fma(load(a + i, size - i), load(b + i, size - i), total);
+  return sum(total);
 }
 
 template <class P, class T>
@@ -153,6 +184,7 @@ void attend_backward(const AttentionBackward<T>& args, const AttentionTask& task
   const T* k = head(args.k, args.k_strides);
   const T* v = head(args.v, args.v_strides);
   const T* grad = head(args.grad, args.grad_strides);
+  const T* out = head(args.out, args.out_strides);
   pack_keys<P>(k, sequence, args.k_strides.token, head_dim, std::copysign(1.0f, args.scale), k_columns);
   pack_keys<P>(v, sequence, args.v_strides.token, head_dim, 1.0f, v_columns);
   pack_values<P>(k, sequence, 0, length, args.k_strides.token, head_dim, k_rows);
@@ -171,15 +203,23 @@ void attend_backward(const AttentionBackward<T>& args, const AttentionTask& task
                         StoreScores{rows.scores, stride});
     product<P, NoFetch>(g.data, g.stride, v_columns, steps(head_dim), 0, count, 0, keys / PANEL,
                         StoreScores{rows.grads, stride});
-    const auto lse = [&](int64_t i) { return args.lse[statistics_index(args.rows, task, first + i)]; };
+    const auto known = [&](int64_t i) -> RowStatistics {
+      const int64_t row = row_of(sequence, first + i);
+      const float delta = dot(grad + row * args.grad_strides.token, out + row * args.out_strides.token, head_dim);
+      return {args.lse[statistics_index(args.rows, task, first + i)], kept > 0.0f ? delta / kept : 0.0f};
+    };
     if (dropout.drops()) {
-      softmax_backward<P>(rows, count, args.scale, [&](int64_t i) { return dropout.of(first + i); }, lse);
+      softmax_backward<P>(rows, count, args.scale, [&](int64_t i) { return dropout.of(first + i); }, known);
     } else {
-      softmax_backward<P>(rows, count, args.scale, [](int64_t) { return KeepAll{}; }, lse);
+      softmax_backward<P>(rows, count, args.scale, [](int64_t) { return KeepAll{}; }, known);
     }
 
-    StoreGradient<T> epilogue{
-        head(args.dq, args.out_strides), sequence, args.out_strides.token, head_dim, first, args.scale * kept};
+    StoreGradient<T> epilogue{head(args.dq, args.gradient_strides),
+                              sequence,
+                              args.gradient_strides.token,
+                              head_dim,
+                              first,
+                              args.scale * kept};
     const int64_t row_stride = stride * static_cast<int64_t>(sizeof(float) / sizeof(Input));
     const int64_t step_stride = P::DEPTH * row_stride;
     const Input* ds = reinterpret_cast<const Input*>(rows.grads);
@@ -191,12 +231,12 @@ void attend_backward(const AttentionBackward<T>& args, const AttentionTask& task
     epilogue.channels = channels;
     epilogue.is_first = b == 0;
     epilogue.is_last = b + 1 == blocks;
-    epilogue.out = head(args.dk, args.out_strides);
+    epilogue.out = head(args.dk, args.gradient_strides);
     epilogue.sums = dk_sums;
     const Input* ds_columns = P::DEPTH == 1 ? ds : reinterpret_cast<const Input*>(rows.scores + stride);
     product<Transposed<P>, NoFetch>(ds_columns, step_stride, q_rows, steps(count), 0, length, 0, channels / PANEL,
                                     epilogue);
-    epilogue.out = head(args.dv, args.out_strides);
+    epilogue.out = head(args.dv, args.gradient_strides);
     epilogue.sums = dv_sums;
     epilogue.factor = kept;
     product<Transposed<P>, NoFetch>(reinterpret_cast<const Input*>(rows.scores), step_stride, grad_rows, steps(count),

@@ -17,8 +17,8 @@ struct KeepSome {
   int32_t threshold;
 
   BERT_FAST_INLINE Vec operator()(Vec v, int64_t key) const {
-    const int64_t block = key / DROPOUT_COLUMNS;
-    return kept(v, bytes + block * DROPOUT_QUERIES * DROPOUT_COLUMNS + key % DROPOUT_COLUMNS, threshold);
+    const int64_t column = key & (DROPOUT_COLUMNS - 1);
+    return kept(v, bytes + (key - column) * DROPOUT_QUERIES + column, threshold);
   }
 };
 
@@ -48,13 +48,14 @@ class AttentionDropout {
   void draw(int64_t query) {
     first_ = query;
     uint64_t rows[DROPOUT_QUERIES];
-    for (int64_t i = 0; i < DROPOUT_QUERIES; ++i)
-      rows[i] = static_cast<uint64_t>(first_row_ + row_of(sequence_, std::min(query + i, sequence_.length - 1)));
     if (sequence_.rows == nullptr) {
+      for (int64_t i = 0; i < DROPOUT_QUERIES; ++i) rows[i] = static_cast<uint64_t>(first_row_ + query + i);
       for (int64_t key = 0; key < sequence_.length; key += DROPOUT_COLUMNS)
         call(rows, key / DROPOUT_COLUMNS, bytes_ + key / DROPOUT_COLUMNS * SIZE);
       return;
     }
+    for (int64_t i = 0; i < DROPOUT_QUERIES; ++i)
+      rows[i] = static_cast<uint64_t>(first_row_ + sequence_.rows[std::min(query + i, sequence_.length - 1)]);
     // Keys that are apart: their columns are brought together.
     uint8_t drawn[SIZE];
     int64_t drawn_block = -1;

@@ -173,10 +173,11 @@ void fuzz_attention_training(Random& random, const std::vector<const KernelTable
                               {sequence, c.head, begin, end}, scratch.data());
     }
     const Fenced<float> scratch(attention_backward_scratch_size(length, c.head_dim));
-    kernels.attention_backward({grad.values.data(), q.values.data(), k.values.data(), v.values.data(), lse.data(),
-                                dq.values.data(), dk.values.data(), dv.values.data(), grad.strides, q.strides,
-                                k.strides, v.strides, fresh.strides, c.head_dim, c.scale, places, c.dropout},
-                               task, scratch.data());
+    kernels.attention_backward(
+        {grad.values.data(), q.values.data(), k.values.data(), v.values.data(), out.values.data(), lse.data(),
+         dq.values.data(), dk.values.data(), dv.values.data(), grad.strides, q.strides, k.strides, v.strides,
+         out.strides, fresh.strides, c.head_dim, c.scale, places, c.dropout},
+        task, scratch.data());
     check_values(c, grad, q, k, v, out, lse, dq, dk, dv);
     const auto is_token = [&](int64_t token) {
       return std::find(c.tokens.begin(), c.tokens.end(), token) != c.tokens.end();

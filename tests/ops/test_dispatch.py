@@ -333,6 +333,37 @@ def test_registered_form_checks_its_input(name: str) -> None:
         getattr(torch.ops.bert_fast, op.name)(*wrong)
 
 
+TRAINED = [
+    name for name, (op, args) in calls().items() if op.gradient and op is not DENSE and op.gradient.serves(*args)
+]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_tritons_launchers_of_training_take_what_the_op_gives(name: str) -> None:
+    """Result and gradients as the definition's, through the same functions that run on a GPU."""
+    op, args = calls()[name]
+    assert op.gradient is not None
+    impl = next(i for i in op.impls if i.name == "triton")
+    assert impl.load_training is not None
+    launchers, plain_args = impl.load_training(), [a.detach() if isinstance(a, Tensor) else a for a in args]
+    result, *saved = op.gradient.forward(launchers, *plain_args)
+    for tensor, like in zip(saved, op.gradient.fake(*plain_args), strict=True):
+        assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
+    expected = op.reference(*args)
+    torch.testing.assert_close(result, expected.detach())
+    upstream = torch.randn_like(expected)
+    needed = [isinstance(a, Tensor) and a.requires_grad for a in args]
+    leaves = [a for a, need in zip(args, needed, strict=True) if need]
+    kept = [
+        a if index in op.gradient.reads or not isinstance(a, Tensor) else a.new_empty(()).expand(a.shape)
+        for index, a in enumerate(plain_args)
+    ]
+    grads = op.gradient.backward(launchers, upstream, result if op.gradient.reads_result else None, saved, kept, needed)
+    found = [g for g, need in zip(grads, needed, strict=True) if need]
+    for got, wanted in zip(found, torch.autograd.grad(expected, leaves, upstream), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 def run_with_gradients(function: Callable[..., Tensor], args: list[Any]) -> list[Tensor]:
     """The result, and the gradients of the floating-point arguments under a fixed upstream gradient."""
     leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]

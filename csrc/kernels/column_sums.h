@@ -6,10 +6,19 @@
 
 namespace bert_fast::BERT_FAST_ISA {
 
+// What an addition rounds off is added at the end (Neumaier, 1974): many blocks lose no more than one does.
 template <class T>
 void column_sums(const ColumnSums<T>& args, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += LANES)
-    store(args.out + i, pool_sum(args.partials + i, args.blocks, args.columns, end - i, false), end - i);
+  for (int64_t i = begin; i < end; i += LANES) {
+    Vec total = set1(0.0f), lost = set1(0.0f);
+    for (int64_t block = 0; block < args.blocks; ++block) {
+      const Vec x = load(args.partials + block * args.columns + i, end - i);
+      const Vec next = total + x, added = next - total;  // two-sum (Knuth)
+      lost = lost + ((total - (next - added)) + (x - added));
+      total = next;
+    }
+    store(args.out + i, select_ge(lost, lost, total + lost, total), end - i);  // after an infinity, lost is NaN
+  }
 }
 
 // The rows of the tokens from `token` on that share an id, N vectors of them from column i on.

@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +19,7 @@ from bert_fast import engine, masked_lm, ops
 from bert_fast.activation import ACTIVATIONS
 from bert_fast.checks import is_recorded
 from bert_fast.encoder import encode, encode_first, first_tokens
-from bert_fast.heads import cross_entropy
+from bert_fast.heads import IGNORED_LABEL, cross_entropy
 from bert_fast.inputs import BertInputs, TableSizes
 from bert_fast.modules import obstacle
 from bert_fast.ragged import Padding, Ragged
@@ -41,6 +39,9 @@ HOSTS = (
 
 #: Those that read the pooler's output and nothing else of the encoder.
 _POOLED_ONLY = ("BertForSequenceClassification", "BertForNextSentencePrediction", "BertForMultipleChoice")
+
+#: With this argument they tell the `BertModel` so.
+_POOLED_ONLY_ARGUMENT = "bert_fast_pooled_only"
 
 #: Those that can do with the tokens that have a label, if the loss is all that is asked for.
 _MASKED_LM = ("BertForMaskedLM", "BertForPreTraining")
@@ -161,18 +162,18 @@ def _berts(model: nn.Module) -> list[Any]:
 
 
 def _hosts(model: nn.Module) -> list[Any]:
-    """The models with a head among the modules of a model, accelerated or not."""
+    """transformers' own models with a head among the modules of a model, accelerated or not."""
     modeling = sys.modules.get(_MODELING)
     if modeling is None:
         return []
     known = {getattr(modeling, name) for name in HOSTS[1:]}
-    return [part for part in model.modules() if type(part) in known or type(part).__base__ in known]
+    return [part for part in model.modules() if _plain(type(part)) in known]
 
 
 def _plain(kind: type[Any]) -> type[Any]:
-    """transformers' own class."""
-    base = kind.__base__
-    return base if base is not None and base.__name__ == kind.__name__ else kind
+    """transformers' own class of an accelerated one; any other class, a subclass that somebody wrote too, is itself."""
+    plain: type[Any] = vars(kind).get("bert_fast_plain", kind)
+    return plain
 
 
 def _is_sentence_transformer(model: nn.Module) -> bool:
@@ -199,7 +200,8 @@ def _fast_class() -> type[Any]:
     class FastBertModel(plain):  # type: ignore[misc, valid-type]
         @functools.wraps(plain.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            output = _forward(self, *args, **kwargs)
+            pooled_only = kwargs.pop(_POOLED_ONLY_ARGUMENT, False)
+            output = _forward(self, pooled_only, *args, **kwargs)
             if output is not None:
                 return output
             engine.check_not_released(self, "the call is not one that packed weights serve")
@@ -234,18 +236,18 @@ def _fast_host_class(plain: Any) -> Any:
     signature = inspect.signature(plain.forward)
 
     class FastHost(plain):
+        bert_fast_plain = plain
+
         @functools.wraps(plain.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             loss_only = kwargs.pop("loss_only", False)
             if loss_only and plain.__name__ in _MASKED_LM:
-                loss = _masked_lm_loss(self, **_bound(signature, args, kwargs))
-                if loss is not None:
-                    return loss
-            if plain.__name__ in _POOLED_ONLY and not self.bert._forward_hooks:
-                with _pooled_only(self.bert):
-                    output = plain.forward(self, *args, **kwargs)
-            else:
-                output = plain.forward(self, *args, **kwargs)
+                given = _bound(signature, args, kwargs)
+                output = _masked_lm_loss(self, **given)
+                return _plain_masked_lm_loss(plain, self, **given) if output is None else output
+            if _reads_pooled_only(self, plain.__name__):
+                kwargs[_POOLED_ONLY_ARGUMENT] = True
+            output = plain.forward(self, *args, **kwargs)
             if not loss_only:
                 return output
             if getattr(output, "loss", None) is None:
@@ -283,7 +285,7 @@ def _masked_lm_loss(
     num_items_in_batch: Tensor | float | None = None,
     **inputs: Any,
 ) -> Any:
-    """The output with the loss alone, from the tokens that have a label; None where the plain way has to run."""
+    """The output with the loss alone, from the tokens that have a label; None where the plain path has to run."""
     predictions, bert, has_pair = host.cls.predictions, host.bert, hasattr(host.cls, "seq_relationship")
     if labels is None or (has_pair and next_sentence_label is None) or masked_lm.obstacle(predictions):
         return None
@@ -298,23 +300,47 @@ def _masked_lm_loss(
     rows = masked_lm.encode_labelled(bert, packed, bert.config, *batch, labels)
     divisor = None if num_items_in_batch is None else float(num_items_in_batch)
     loss = masked_lm.loss(predictions, rows, divisor)
+    if has_pair:
+        relationship = host.cls.seq_relationship(bert.pooler(rows.first[:, None]))
+        assert next_sentence_label is not None, "looked at above"
+        loss = loss + cross_entropy(relationship, next_sentence_label, name="next_sentence_label")
+    return _loss_output(has_pair, loss, call.return_dict)
+
+
+def _plain_masked_lm_loss(
+    plain: Any,
+    host: Any,
+    labels: Tensor | None = None,
+    next_sentence_label: Tensor | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    return_dict: bool | None = None,
+    **inputs: Any,
+) -> Any:
+    """The same from the logits of all tokens, which transformers' own `forward` gives: the same labels count."""
+    has_pair = hasattr(host.cls, "seq_relationship")
+    if labels is None or (has_pair and next_sentence_label is None):
+        raise ValueError(f"loss_only without labels{' and next_sentence_label' if has_pair else ''}: there is no loss")
+    output = plain.forward(host, **inputs, return_dict=True)
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape == labels.shape:
+        labels = labels.masked_fill(mask == 0, IGNORED_LABEL)
+    divisor = None if num_items_in_batch is None else float(num_items_in_batch)
+    loss = cross_entropy(output.prediction_logits if has_pair else output.logits, labels, divisor)
+    if has_pair:
+        assert next_sentence_label is not None, "looked at above"
+        loss = loss + cross_entropy(output.seq_relationship_logits, next_sentence_label, name="next_sentence_label")
+    return _loss_output(has_pair, loss, host.config.return_dict if return_dict is None else return_dict)
+
+
+def _loss_output(has_pair: bool, loss: Tensor, return_dict: bool) -> Any:
     modeling = sys.modules[_MODELING]
-    if not has_pair:
-        return modeling.MaskedLMOutput(loss=loss)
-    relationship = host.cls.seq_relationship(bert.pooler(rows.first[:, None]))
-    assert next_sentence_label is not None, "looked at above"
-    loss = loss + cross_entropy(relationship, next_sentence_label, name="next_sentence_label")
-    return modeling.BertForPreTrainingOutput(loss=loss)
+    output = modeling.BertForPreTrainingOutput(loss=loss) if has_pair else modeling.MaskedLMOutput(loss=loss)
+    return output if return_dict else output.to_tuple()
 
 
-@contextmanager
-def _pooled_only(bert: Any) -> Iterator[None]:
-    """Within it the head around `bert` is at work, and reads the pooler's output only."""
-    vars(bert)["bert_fast_pooled_only"] = True
-    try:
-        yield
-    finally:
-        vars(bert).pop("bert_fast_pooled_only", None)
+def _reads_pooled_only(host: Any, name: str) -> bool:
+    """Whether nobody reads the rows that the `BertModel` of this host returns, but the pooler's output alone."""
+    return name in _POOLED_ONLY and isinstance(host.bert, _fast_class()) and not host.bert._forward_hooks
 
 
 @functools.cache
@@ -368,12 +394,18 @@ def _call(
     return _Call(inputs, packed, wants_states, config.return_dict if return_dict is None else return_dict)
 
 
-def _forward(bert: Any, *args: Any, **kwargs: Any) -> Any:
-    """The output of a call that the ops serve, or None for one that the plain path must run."""
+def _forward(bert: Any, pooled_only: bool, *args: Any, **kwargs: Any) -> Any:
+    """The output of a call that the ops serve, or None for one that the plain path must run.
+
+    With `pooled_only` the rows may be those of the first tokens alone.
+    """
     call = _call(bert, *args, **kwargs)
     if call is None:
         return None
-    result = call.packed.padded(call.inputs, call.wants_states) if call.packed else _run_ops(bert, call.inputs)
+    if call.packed:
+        result = call.packed.padded(call.inputs, call.wants_states)
+    else:
+        result = _run_ops(bert, call.inputs, pooled_only)
     if result is None:
         return None
     rows, first, states = result
@@ -385,14 +417,14 @@ def _forward(bert: Any, *args: Any, **kwargs: Any) -> Any:
     return output if call.return_dict else output.to_tuple()
 
 
-def _run_ops(bert: Any, inputs: BertInputs) -> tuple[Tensor, Tensor, list[Tensor]] | None:
+def _run_ops(bert: Any, inputs: BertInputs, pooled_only: bool) -> tuple[Tensor, Tensor, list[Tensor]] | None:
     """The same, without hidden states, from the ops one by one; None if they may not stand in for the modules."""
     batch = _ragged_batch(bert, inputs)
     if batch is None:
         return None
     ragged, padding = batch
     config = bert.config
-    if vars(bert).get("bert_fast_pooled_only") and ragged.input_ids.numel():
+    if pooled_only and ragged.input_ids.numel():
         first = encode_first(bert, ragged, config.hidden_act, config.num_attention_heads)
         return first[:, None], first, []
     rows = encode(bert, ragged, config.hidden_act, config.num_attention_heads)

@@ -377,6 +377,11 @@ class BertForQuestionAnswering(Head):
 
         logits (batch_size, seq_len), positions (batch_size,), keep (batch_size, seq_len) bool.
         """
+        if positions.numel() != logits.shape[0]:
+            raise ValueError(
+                f"there are {positions.numel()} start_positions or end_positions for {logits.shape[0]} rows of the "
+                "batch, which must be one text each: a packed batch gives logits, but no loss"
+            )
         ignored = seq_len = logits.shape[1]
         positions = positions.reshape(-1).clamp(0, seq_len)
         if keep is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bert_fast import activation, ops
@@ -108,7 +109,8 @@ def serving(
     """The engine that runs a call of this model now, or None where the ops run it one by one.
 
     That is where somebody looks at the intermediate results (autograd, autocast, a compiler), where another
-    implementation is forced, with dropout, and for dtypes and activations that the engine has not.
+    implementation is forced, with dropout, for dtypes and activations that the engine has not, and for parameters that
+    several processes share out (FSDP).
 
     The C++ extension takes the fingerprint of the tree, and is the engine of a CPU. Without it a CPU has no engine, and
     on a GPU the fingerprint is taken in Python, which takes the host longer than to start a captured forward.
@@ -128,6 +130,9 @@ def serving(
     if not runs or ops.forced() not in (None, _FUSED[device_type]) or _is_looked_at(device_type):
         check_not_released(bert, "it is compiled, differentiated or cast by somebody")
         return None
+    if _is_sharded(bert):
+        check_not_released(bert, "its parameters are sharded over processes")
+        return None
     found = fingerprint(bert)
     with _lock:
         slot = _slots.get(bert)
@@ -146,6 +151,13 @@ def serving(
 def _is_looked_at(device_type: str) -> bool:
     looked_at = is_transformed() or ops.forward_ad_is_on() or torch.is_autocast_enabled(device_type)
     return looked_at or torch.compiler.is_compiling() or is_recorded()
+
+
+def _is_sharded(bert: Any) -> bool:
+    """Whether several processes share out its parameters, of which the host then has no address."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return any(type(parameter) is not nn.Parameter for parameter in bert.parameters())
 
 
 def _refuse_released(reason: str) -> None:

@@ -93,8 +93,9 @@ class TrainingArguments(transformers.TrainingArguments):
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}, expected above 0")
         for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+            value = getattr(self, name)
+            if value is None or not value >= 0:
+                raise ValueError(f"{name} is {value}, expected at least 0")
         super().__post_init__()
 
 

@@ -36,9 +36,17 @@ class BatchedTrainer(DurableTrainer):
             options["data_collator"] = PackingCollator(max_position_embeddings=most)
         super().__init__(model, args, **options)
         self.inspector = Inspector(model)
+        if args.max_tokens_per_batch is not None and self.inspector.head == "BertForQuestionAnswering":
+            raise ValueError(
+                f"max_tokens_per_batch is {args.max_tokens_per_batch}, but start_positions and end_positions count "
+                "from the beginning of a padded text: leave it out for question answering"
+            )
         self.followers: list[Any] = [self.data_collator] if hasattr(self.data_collator, "set_epoch") else []
         self._sampler: TokenBudgetSampler | None = None
         self._digest: str | None = None
+        self._cuts_batches = False
+        # Shared, because workers that persist keep the copy that they were started with.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches by tokens, or transformers' own, with the facts about each."""
@@ -89,16 +97,21 @@ class BatchedTrainer(DurableTrainer):
             self._signature_columns = [*names, *self.model.other_labels]  # type: ignore[assignment]
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        if self._cuts_batches:
+            return super()._get_collator_with_removed_columns(data_collator, description)
         self._set_signature_columns_if_needed()
         columns = self._signature_columns if self.args.remove_unused_columns else None
         if description != "Training" and hasattr(data_collator, "set_epoch"):
             data_collator = copy.deepcopy(data_collator)  # whose epoch stays, and its masks with it
             data_collator.set_epoch(0)
-        return InspectingCollator(data_collator, columns, self.inspector)
+        seeds = (self.args.seed, self._epoch) if description == "Training" else None
+        return InspectingCollator(data_collator, columns, self.inspector, seeds)
 
     def _get_dataloader(self, dataset: Any, description: str, *others: Any, **options: Any) -> Any:
         if description != "Training" and has_length(dataset) and not isinstance(dataset, IterableDataset):
             dataset = IndexedDataset(dataset)
+        # accelerate cuts the batches of a stream into parts for the processes, which only tensors can be.
+        self._cuts_batches = isinstance(dataset, IterableDataset) and self.args.world_size > 1
         return super()._get_dataloader(dataset, description, *others, **options)
 
     # The order of the data, and the place in it
@@ -154,6 +167,7 @@ class BatchedTrainer(DurableTrainer):
         if self.state.global_step >= self.state.max_steps:  # resumed at its end
             self.control.should_training_stop = True
             return
+        self._epoch.fill_(epoch)
         for follower in [*self.followers, *([self._sampler] if self._sampler else [])]:
             follower.set_epoch(epoch)
         resumed = options["resume_from_checkpoint"] is not None and epoch == options["epochs_trained"]

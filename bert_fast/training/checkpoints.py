@@ -200,6 +200,7 @@ def locked(output_dir: Path, patience: float = 20.0) -> Iterator[None]:
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # of the children too, who may outlive the run: a DataLoader's workers
         os.close(descriptor)
 
 

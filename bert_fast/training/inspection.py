@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -77,7 +79,8 @@ class Inspector:
         try:
             self._check(batch)
         except ValueError as error:
-            raise ValueError(f"{error}, in a batch of the examples {', '.join(map(str, indexes))}") from error
+            whose = f"of the examples {', '.join(map(str, indexes))}" if indexes else "of a stream"
+            raise ValueError(f"{error}, in a batch {whose}") from error
         num_pairs = len(batch["next_sentence_label"]) if "next_sentence_label" in batch else 0
         return Facts(indexes, _lengths(batch), self._num_labels(batch), num_pairs)
 
@@ -124,25 +127,52 @@ class InspectingCollator:
         collate: features of examples -> a batch.
         columns: names of features that are kept; None keeps all.
         inspector: of the model.
+        seeds: what the random numbers that `collate` draws come from, together with the indexes of the examples: the
+            same batch then is the same in a resumed run and with any number of workers. None leaves the generators be.
     """
 
     def __init__(
-        self, collate: Callable[[list[Any]], Mapping[str, Any]], columns: Sequence[str] | None, inspector: Inspector
+        self,
+        collate: Callable[[list[Any]], Mapping[str, Any]],
+        columns: Sequence[str] | None,
+        inspector: Inspector,
+        seeds: tuple[int | Tensor, ...] | None = None,
     ) -> None:
-        self.collate, self.inspector = collate, inspector
+        self.collate, self.inspector, self.seeds = collate, inspector, seeds
         self.columns = None if columns is None else frozenset(columns) | _FOR_COLLATORS
         self.wants_index = isinstance(collate, MaskingCollator)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate; ValueError for a label that is out of range."""
         indexes = tuple(int(feature[INDEX]) for feature in features if INDEX in feature)
-        batch = dict(self.collate([self._selected(feature) for feature in features]))
+        selected = [self._selected(feature) for feature in features]
+        if self.seeds is None or not indexes:
+            batch = dict(self.collate(selected))
+        else:
+            with _seeded(*map(int, self.seeds), *indexes):
+                batch = dict(self.collate(selected))
         return {**batch, FACTS: self.inspector.facts(batch, indexes)}
 
     def _selected(self, feature: Mapping[str, Any]) -> dict[str, Any]:
         kept = {name: v for name, v in feature.items() if self.columns is None or name in self.columns}
         kept.pop(INDEX, None)
         return {**kept, INDEX: feature[INDEX]} if self.wants_index and INDEX in feature else kept
+
+
+@contextmanager
+def _seeded(*numbers: int) -> Iterator[None]:
+    """Within it Python, NumPy and torch (CPU) draw from these numbers; outside as if nothing had been drawn."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest())
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 def step_flops(config: Any, lengths: Sequence[int]) -> int:

@@ -96,7 +96,10 @@ def measured_peak(device: torch.device, dtype: torch.dtype, size: int = 8192) ->
 def describe(logs: Mapping[str, Any]) -> str:
     """A log as one line for people: what `SHOWN` names of it, or all of it where it has none of that."""
     shown = [f"{title} {form.format(logs[name])}" for name, title, form in SHOWN if logs.get(name)]
-    return " · ".join(shown or [f"{name} {value:.4g}" for name, value in logs.items()])
+    return " · ".join(
+        shown
+        or [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in logs.items()]
+    )
 
 
 class Progress(ProgressCallback):
@@ -144,16 +147,24 @@ def _is_finite(value: Any) -> bool:
 
 
 def cut(file: Path, step: int) -> None:
-    """Leave the whole lines of steps up to this one; none for step 0, where a run begins."""
+    """Leave the lines of steps up to this one, as far as they are whole; none for step 0, where a run begins."""
     if not file.exists():
         return
     end = 0
     with file.open("rb+") as stream:
         for line in stream:
-            if not step or not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            if not step or not line.endswith(b"\n") or not _step_of(line) <= step:
                 break
             end += len(line)
         stream.truncate(end)
+
+
+def _step_of(line: bytes) -> float:
+    """NaN for what is no line of ours, as a crash of the machine may leave."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.nan
 
 
 def read(file: Path) -> list[dict[str, Any]]:

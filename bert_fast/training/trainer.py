@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 
@@ -22,6 +23,9 @@ from bert_fast.training.inspection import FACTS, Facts, step_flops
 from bert_fast.training.optimizers import make_optimizer, parameter_groups
 from bert_fast.training.progress import MetricsFile, Progress, Throughput, measured_peak
 from bert_fast.training.schedules import make_schedule
+
+if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):  # it would divide the gradients once more
+    raise ImportError(f"bert_fast.training needs transformers 5.20 or newer, found {transformers.__version__}")
 
 #: `freeze` of the arguments for all but the last k layers: this and k.
 LAST = "all_but_last_"

@@ -1,15 +1,17 @@
-"""What torchrun starts in `test_many_processes.py`: two runs, in the first of which a process is killed, once."""
+"""What torchrun starts in `test_many_processes.py`: runs, in the first of which a process is killed, once."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from bert_fast.training.trainer import Trainer
@@ -32,8 +34,15 @@ def rows() -> list[dict[str, Any]]:
     return examples
 
 
+class Stream(IterableDataset[dict[str, Any]]):
+    """Examples without numbers, of which each process gets its part of every batch."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(tiny.padded())
+
+
 def main(folder: Path) -> None:
-    """Both runs."""
+    """All runs."""
     torch.set_num_threads(1)
     arguments = tiny.arguments(
         folder / "elastic",
@@ -48,6 +57,8 @@ def main(folder: Path) -> None:
     (folder / "restarts").write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])
     arguments = tiny.arguments(folder / "tokens", max_steps=-1, num_train_epochs=2, max_tokens_per_batch=30)
     Trainer(tiny.masked_lm(), arguments, train_dataset=tiny.examples(), data_collator=tiny.masking()).train()
+    arguments = tiny.arguments(folder / "stream", max_steps=2, per_device_train_batch_size=3)
+    Trainer(tiny.classifier(0.0), arguments, train_dataset=Stream()).train()
     torch.distributed.destroy_process_group()
 
 

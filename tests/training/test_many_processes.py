@@ -58,3 +58,12 @@ def test_two_processes_share_batches_by_tokens(folder: Path) -> None:
     last = [line for line in read(folder / "tokens" / METRICS_FILE) if "loss" in line][-1]
     assert last["tokens"] == 2 * sum(len(row["input_ids"]) for row in tiny.examples())
     assert last["epoch"] == 2.0
+
+
+def test_a_stream_is_shared_out(folder: Path, tmp_path: Path) -> None:
+    """Two processes have the losses that one has of the same batches."""
+    arguments = tiny.arguments(tmp_path, max_steps=2, per_device_train_batch_size=6)
+    Trainer(tiny.classifier(0.0), arguments, train_dataset=many.Stream()).train()
+    expected, lines = ([x for x in read(f / METRICS_FILE) if "loss" in x] for f in (tmp_path, folder / "stream"))
+    assert [line["tokens"] for line in lines] == [line["tokens"] for line in expected]
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-5)

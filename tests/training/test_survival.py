@@ -14,6 +14,7 @@ import pytest
 import runs
 import tiny
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from bert_fast.training import checkpoints
@@ -23,6 +24,12 @@ from bert_fast.training.trainer import Trainer
 
 class InterruptedRunError(Exception):
     """Ends a run in the test."""
+
+
+def draw_masks(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """As transformers' `DataCollatorForLanguageModeling` does, other masks each time."""
+    ids = torch.tensor([feature["input_ids"] for feature in features])
+    return {"input_ids": ids, "labels": ids.masked_fill(torch.rand(ids.shape) > 0.3, -100)}
 
 
 class Interrupt(TrainerCallback):
@@ -56,16 +63,23 @@ def losses(output_dir: Path) -> list[tuple[int, float, float]]:
             True,
             id="a mean over steps before and after, another optimiser, a worker",
         ),
+        pytest.param(
+            {"per_device_train_batch_size": 6, "save_steps": 2},
+            "drawn",
+            id="a collator that draws from torch's generator",
+        ),
     ],
 )
 def test_an_interrupted_run_has_the_losses_of_an_uninterrupted_one(
-    tmp_path: Path, options: dict[str, Any], masks: bool
+    tmp_path: Path, options: dict[str, Any], masks: bool | str
 ) -> None:
     """Bit for bit, dropout on."""
 
     def trainer(name: str) -> Trainer:
         options_ = {"max_steps": 8, "save_strategy": "steps", "save_steps": 5, "schedule": "cosine", **options}
         arguments = tiny.arguments(tmp_path / name, **options_)
+        if masks == "drawn":
+            return Trainer(tiny.masked_lm(), arguments, train_dataset=tiny.padded(), data_collator=draw_masks)
         if masks:
             return Trainer(
                 tiny.masked_lm(), arguments, train_dataset=tiny.examples(), data_collator=tiny.masking(seed=3)

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from bert_fast.modules import BertForSequenceClassification
+from bert_fast.modules import BertForQuestionAnswering, BertForSequenceClassification
 from bert_fast.training import checkpoints
 from bert_fast.training.arguments import TrainingArguments
 from bert_fast.training.progress import METRICS_FILE, read
@@ -30,6 +30,7 @@ from bert_fast.training.trainer import Trainer
         ({"layer_decay": 0.0}, "layer_decay is 0.0, expected above 0 and at most 1"),
         ({"max_tokens_per_batch": 0}, "max_tokens_per_batch is 0, expected above 0"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0, expected at least 0"),
+        ({"max_grad_norm": None}, "max_grad_norm is None, expected at least 0"),
         ({"optim": "adafactor"}, "optim is 'adafactor'; give optimizer instead"),
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type is 'cosine'; give schedule instead"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is True, expected False: it would change the batches"),
@@ -74,6 +75,14 @@ def test_a_batch_without_labels_is_refused(tmp_path: Path) -> None:
     arguments = tiny.arguments(tmp_path, max_tokens_per_batch=64)
     with pytest.raises(ValueError, match=r"the batch has no labels, only .*input_ids"):
         Trainer(tiny.classifier(), arguments, train_dataset=tiny.examples()).train()
+
+
+def test_question_answering_is_not_packed(tmp_path: Path) -> None:
+    arguments = tiny.arguments(tmp_path, max_tokens_per_batch=64)
+    with pytest.raises(
+        ValueError, match="max_tokens_per_batch is 64, but start_positions and end_positions count from"
+    ):
+        Trainer(BertForQuestionAnswering(tiny.config()), arguments, train_dataset=tiny.examples())
 
 
 def test_no_data_is_refused(tmp_path: Path) -> None:
@@ -282,5 +291,15 @@ def test_a_lock_outlives_no_process(tmp_path: Path) -> None:
     taken = pytest.raises(RuntimeError, match=f"process {os.getpid()} on")
     with checkpoints.locked(tmp_path), taken, checkpoints.locked(tmp_path):
         pass
+    ending, end = os.pipe()
+    with checkpoints.locked(tmp_path):
+        child = os.fork()
+        if not child:  # a worker that persists has the file open when the run is over
+            os.close(end)
+            os.read(ending, 1)
+            os._exit(0)
     with checkpoints.locked(tmp_path):
         pass
+    os.close(end)
+    os.close(ending)
+    os.waitpid(child, 0)

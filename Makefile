@@ -11,8 +11,9 @@ TORCH ?= torch==2.13.0
 demo: .venv/demo extension
 	@$(BIN)/python -m bert_fast.demo
 
+# Two processes, since most tests keep one core busy; threads that wait for work must not spin on the other's core.
 test: .venv/dev extension
-	$(BIN)/python -m pytest -m "not slow and not gpu and not peers"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow and not gpu and not peers" -n 2 --dist loadfile
 
 test-slow: .venv/dev extension
 	$(BIN)/python -m pytest -m "slow and not gpu"

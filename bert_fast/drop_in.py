@@ -402,10 +402,10 @@ def _forward(bert: Any, pooled_only: bool, *args: Any, **kwargs: Any) -> Any:
     call = _call(bert, *args, **kwargs)
     if call is None:
         return None
-    if call.packed:
-        result = call.packed.padded(call.inputs, call.wants_states)
-    else:
+    if call.packed is None:
         result = _run_ops(bert, call.inputs, pooled_only)
+    else:
+        result = call.packed.padded(call.inputs, call.wants_states)
     if result is None:
         return None
     rows, first, states = result

@@ -107,3 +107,10 @@ def test_tensorboard_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     lines = [line for line in read(tmp_path / "run" / METRICS_FILE) if "loss" in line]
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([line["loss"] for line in lines])
     assert {"train/tokens_per_second", "train/learning_rate"} <= set(events.Tags()["scalars"])
+
+
+def test_what_a_crash_of_the_machine_left_does_not_stop_a_run(tmp_path: Path) -> None:
+    file = tmp_path / METRICS_FILE
+    file.write_bytes(b'{"step": 1}\n\0\0{"step": 2}\n{"step": 3}\n')
+    cut(file, 4)
+    assert file.read_bytes() == b'{"step": 1}\n'

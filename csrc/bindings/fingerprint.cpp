@@ -66,6 +66,7 @@ void mix_tensor(uint64_t& hash, const Tensor& tensor, Footprint& footprint) {
   if (!tensor.device().is_cpu() || !tensor.is_contiguous() || tensor.numel() == 0 || !tensor.is_floating_point())
     return;
   const auto* bytes = static_cast<const char*>(tensor.const_data_ptr());
+  if (bytes == nullptr) return;  // a subclass that wraps other tensors
   const size_t size = tensor.element_size();
   for (int64_t i = 0; i < std::min(SAMPLES, tensor.numel()); ++i) {
     const char* place = bytes + static_cast<size_t>(i * (tensor.numel() - 1) / SAMPLES) * size;

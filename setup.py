@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.cpp"))
 HEADERS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.h"))
 # No -march=native and no -ffast-math: one binary serves every CPU, and every instruction set rounds the same way.
-FLAGS = ["-O3", "-fvisibility=hidden", "-ffp-contract=off"]
+# No debugging information: it is a third of the time that compiling takes.
+FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
 
 
 class TorchIsMissing(build_ext):

@@ -13,7 +13,7 @@ demo: .venv/demo extension
 
 # Two processes, since most tests keep one core busy; threads that wait for work must not spin on the other's core.
 test: .venv/dev extension
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow and not gpu and not peers" -n 2 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow and not gpu and not peers" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/dev extension
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -310,7 +310,8 @@ def specialised(kernel: Any) -> list[str]:
     """Those of the `VARYING` arguments whose value, or that it is divisible by 16, a kernel was compiled for."""
     names, constants = kernel.src.fn.arg_names, kernel.src.constants
     given = (path for path, value in constants.items() if value is not None)
-    return sorted({names[path[0]] for path in (*kernel.src.attrs, *given)} & VARYING)
+    known = (path for path in kernel.src.attrs if constants.get(path, path) is not None)  # None has attributes too
+    return sorted({names[path[0]] for path in (*known, *given)} & VARYING)
 
 
 @contextmanager

@@ -210,12 +210,12 @@ def cases(dtypes: list[torch.dtype], sweep: bool) -> Iterator[tuple[Any, ...]]:
             yield from ((bias_gelu, dtype, approximate) for approximate in ("none", "tanh"))
             yield from ((op, dtype, n) for op in (residual_layer_norm, embedding_layer_norm) for n in (384, 1024, 9000))
             yield from ((op, dtype, mode) for op in (pooling, pooling_backward) for mode in MODES)
-            yield from ((residual_layer_norm_train, dtype, n) for n in (384, 1024, 5120))
-            yield from ((residual_layer_norm_backward, dtype, n) for n in (384, 1024, 5120))
-            yield from ((op, dtype, 1024) for op in (embedding_layer_norm_train, embedding_layer_norm_backward))
-            yield from ((bias_gelu_backward, dtype, "tanh", n) for n in (1536, 4096))
-            yield from ((cross_entropy_, dtype, n) for n in (1000, 300_000))
             yield unpack, dtype, 1024
+        yield from ((residual_layer_norm_train, half, n) for n in (384, 1024, 5120))
+        yield from ((residual_layer_norm_backward, half, n) for n in (384, 1024, 5120))
+        yield from ((op, half, 1024) for op in (embedding_layer_norm_train, embedding_layer_norm_backward))
+        yield from ((bias_gelu_backward, half, "tanh", n) for n in (1536, 4096))
+        yield from ((cross_entropy_, half, n) for n in (1000, 300_000))
         for mask, (form, seq_len) in itertools.product((torch.bool, torch.float32), (("typed", 64), ("masked", 2000))):
             yield inspect, mask, form, seq_len
             yield from ((pack, mask, form, seq_len, True, wanted) for wanted in ("index", "inverse"))

@@ -6,9 +6,8 @@ somebody's transformers model alike.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -180,7 +179,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return ops.dense(rows, weight, bias)
 
 
-@functools.cache
+@cache
 def _has_matrix_unit() -> bool:
     """Whether torch's bfloat16 products use AMX, which is several times as fast as AVX-512."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))

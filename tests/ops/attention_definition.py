@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from implementations import Implementation
 from numerics import assert_no_worse, to_double
 from torch import Tensor
 
@@ -100,3 +101,17 @@ def assert_attention_train(
         if name == "lse":
             f, p, t = f.flatten(), p.flatten(), t.flatten()
         assert_no_worse(f, p, t, name)
+
+
+def train(implementation: Implementation, grad: Tensor, qkv: list[Tensor], sequences: Sequences) -> tuple[Tensor, ...]:
+    """(out, lse, dq, dk, dv)."""
+    out, lse = implementation("attention_train", *qkv, *sequences.arguments)
+    return (out, lse, *implementation("attention_backward", grad, *qkv, out, lse, *sequences.arguments))
+
+
+def check(implementation: Implementation, qkv: list[Tensor], sequences: Sequences) -> tuple[Tensor, ...]:
+    """`train` under a random upstream gradient, compared with the definition."""
+    grad = implementation.randn(*qkv[0].shape)
+    fast = train(implementation, grad, qkv, sequences)
+    assert_attention_train(fast, grad, *qkv, sequences)
+    return fast

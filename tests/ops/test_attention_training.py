@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_definition import Sequences, assert_attention_train, attention_train
+from attention_definition import Sequences, assert_attention_train, attention_train, check, train
 from implementations import Implementation, parameters
 from layouts import LAYOUTS
 from test_attention import fused, masks
@@ -28,20 +28,6 @@ LENGTHS = {
     "head_dim no power of two, below and above": ([17, 2], 2, 24),
     "head_dim 256, the largest": ([18], 1, 256),
 }
-
-
-def train(implementation: Implementation, grad: Tensor, qkv: list[Tensor], sequences: Sequences) -> tuple[Tensor, ...]:
-    """(out, lse, dq, dk, dv)."""
-    out, lse = implementation("attention_train", *qkv, *sequences.arguments)
-    return (out, lse, *implementation("attention_backward", grad, *qkv, out, lse, *sequences.arguments))
-
-
-def check(implementation: Implementation, qkv: list[Tensor], sequences: Sequences) -> tuple[Tensor, ...]:
-    """`train` under a random upstream gradient, compared with the definition."""
-    grad = implementation.randn(*qkv[0].shape)
-    fast = train(implementation, grad, qkv, sequences)
-    assert_attention_train(fast, grad, *qkv, sequences)
-    return fast
 
 
 def ragged(implementation: Implementation, lengths: list[int], scale: float, dropout_p: float) -> Sequences:

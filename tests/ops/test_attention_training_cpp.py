@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_definition import Sequences, assert_attention_train
+from attention_definition import Sequences, assert_attention_train, check, train
 from implementations import Implementation, parameters
 from layouts import LAYOUTS
 from test_attention import RAGGED, fused, masks
@@ -31,20 +31,6 @@ LENGTHS = {
     "as many queries as a block, one more, two blocks and one more": ([56, 57, 113], 1, 8),
     "an odd number of keys and of channels": ([33], 2, 7),
 }
-
-
-def train(implementation: Implementation, grad: Tensor, qkv: list[Tensor], sequences: Sequences) -> tuple[Tensor, ...]:
-    """(out, lse, dq, dk, dv)."""
-    out, lse = implementation("attention_train", *qkv, *sequences.arguments)
-    return (out, lse, *implementation("attention_backward", grad, *qkv, out, lse, *sequences.arguments))
-
-
-def check(implementation: Implementation, qkv: list[Tensor], sequences: Sequences) -> tuple[Tensor, ...]:
-    """`train` under a random upstream gradient, compared with the definition."""
-    grad = implementation.randn(*qkv[0].shape)
-    fast = train(implementation, grad, qkv, sequences)
-    assert_attention_train(fast, grad, *qkv, sequences)
-    return fast
 
 
 def ragged(implementation: Implementation, lengths: list[int], scale: float, dropout_p: float) -> Sequences:

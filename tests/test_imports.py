@@ -29,12 +29,17 @@ ALLOWED = {
     "modules": LIGHT | {"encoder", "engine", "masked_lm"} | {"heads", "reference", "ops", "loading"},
     "drop_in": LIGHT | {"encoder", "engine", "heads", "masked_lm", "modules", "ops"},
 }
+#: These may import everything above them, and of each other what stands here.
+LATE = {"data": set(), "tasks": {"data"}, "training": {"data"}, "recipes": {"data", "tasks", "training"}}
 ABOVE = {
     "__init__", "loading", "tokenization", "batching", "transfer", "embedder", "bulk", "verify", "timing",
-    "benchmarking", "info", "doctor", "demo", "tuning", "training", "cli",
+    "benchmarking", "info", "doctor", "demo", "tuning", "cli", *LATE,
 }  # fmt: skip
 #: Imported only inside functions, by whoever imports them.
-LAZY = {"kernels", "_C", "loading", "transformers", "triton", "sentence_transformers", "matplotlib"}
+LAZY = {
+    "kernels", "_C", "loading", "transformers", "triton", "sentence_transformers", "matplotlib", "pyarrow", "sklearn",
+    "scipy", "optuna",
+}  # fmt: skip
 #: But for these: classes of a library that ours extend. Who imports them needs the library.
 EXTENDS = {
     "transformers": {f"training/{name}.py" for name in ("arguments", "batched", "durable", "progress", "trainer")}
@@ -78,6 +83,8 @@ def test_rooms(path):
             assert not top_level, f"{path.name} imports {module} at its top"
         if home in ALLOWED:
             assert room(module) in ALLOWED[home], f"{home} may not import {module}"
+        if room(module) in LATE and home != "cli":
+            assert home == room(module) or room(module) in LATE.get(home, ()), f"{home} may not import {module}"
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda p: p.name)

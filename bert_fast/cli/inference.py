@@ -1,93 +1,18 @@
-"""The command `bert-fast`: parses, calls the library, prints. Heavy imports happen inside the command that needs them.
-
-Exit codes: 0 done, 1 a check failed, 2 bad input (one line on stderr says what), 130 interrupted, 141 nobody reads.
-"""
+"""Commands that run a model or say what it is: vectors, search, proofs, times."""
 
 from __future__ import annotations
 
-import functools
 import os
-import signal
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from bert_fast import __version__
-
-app = typer.Typer(
-    help="A fast BERT: sentence vectors, search, and proof that the answers are right.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or demo (all-MiniLM-L6-v2).")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="the checkpoint's own")]
-Precision = Annotated[
-    str | None,
-    typer.Option(
-        help="What it computes in: fp32, bf16, int8 (CPU), fp16, fp8 (GPU).", show_default="that of the weights"
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="a GPU if there is one")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Below 32: smaller runs of the model; above: larger on a GPU.")]
-TextField = Annotated[
-    str | None,
-    typer.Option(help="Key of the text in JSON lines, which a .jsonl file has.", show_default="text"),
-]
+from bert_fast.cli._app import BatchSize, Device, Dtype, Model, Precision, TextField, command
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command that ends as the exit codes above say, without a traceback where the input is to blame."""
-
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-        try:
-            function(*args, **kwargs)
-            if sys.stdout is not None:  # closed by the caller: what is printed goes nowhere
-                sys.stdout.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
-            raise typer.Exit(128 + signal.SIGPIPE) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(128 + signal.SIGINT) from None
-        except ModuleNotFoundError as error:
-            _fail(f'{error.name} is not installed; it comes with: pip install "bert_fast[demo,bench]"')
-        except OSError as error:
-            _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        except ValueError as error:
-            _fail(str(error))
-
-    return app.command()(guarded)
-
-
-def _fail(reason: str) -> None:
-    print(f"bert-fast: {' '.join(reason.split())}", file=sys.stderr)
-    raise typer.Exit(2) from None
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"bert-fast {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """A fast BERT: sentence vectors, search, and proof that the answers are right."""
-
-
-@command
+@command()
 def embed(
     model: Model,
     input: Annotated[str, typer.Option("--input", "-i", help="One text a line, or JSON lines; - is stdin.")],
@@ -118,7 +43,7 @@ def embed(
     print(summary)
 
 
-@command
+@command()
 def search(
     model: Model,
     corpus: Annotated[str, typer.Option("--corpus", "-c", help="One text a line, or JSON lines; - is stdin.")],
@@ -143,7 +68,7 @@ def search(
     print(format_hits(query, hits, lines, width))
 
 
-@command
+@command()
 def verify(
     model: Model,
     input: Annotated[
@@ -165,7 +90,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@command
+@command()
 def info(model: Model) -> None:
     """Say what a checkpoint is: its shape, size, pooling, tokenizer and files."""
     from bert_fast.info import describe
@@ -173,7 +98,7 @@ def info(model: Model) -> None:
     print(describe(model))
 
 
-@command
+@command()
 def doctor() -> None:
     """Say what this machine has, which implementation each op runs, and why the others were refused."""
     from bert_fast.doctor import diagnose
@@ -181,7 +106,7 @@ def doctor() -> None:
     print(diagnose())
 
 
-@command
+@command()
 def bench(
     model: Model = "demo",
     case: Annotated[
@@ -203,7 +128,7 @@ def bench(
         raise typer.Exit(1) from None
 
 
-@command
+@command()
 def tune(
     model: Annotated[
         list[str] | None,

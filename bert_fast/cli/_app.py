@@ -1,0 +1,110 @@
+"""The application, how its commands end, and the options that several of them share.
+
+Exit codes: 0 done, 1 a check failed, 2 bad input (one line on stderr says what), 130 interrupted, 141 nobody reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from bert_fast import __version__
+
+SETTINGS: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda token: token.replace("_", "-"),  # --train_file is --train-file
+}
+
+app = typer.Typer(
+    help="A fast BERT: vectors and search, training from text to a fine-tuned model, and proof that it is right.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings=SETTINGS,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, or demo (all-MiniLM-L6-v2).")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="the checkpoint's own")]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="What it computes in: fp32, bf16, int8 (CPU), fp16, fp8 (GPU).", show_default="that of the weights"
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="a GPU if there is one")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Below 32: smaller runs of the model; above: larger on a GPU.")]
+TextField = Annotated[
+    str | None,
+    typer.Option(help="Key of the text in JSON lines, which a .jsonl file has.", show_default="text"),
+]
+
+
+def group(name: str, help: str) -> typer.Typer:
+    """A command that has commands of its own, as `bert-fast vocab train`."""
+    commands = typer.Typer(help=help, no_args_is_help=True, context_settings=SETTINGS)
+    app.add_typer(commands, name=name)
+    return commands
+
+
+def command(
+    name: str | None = None, *, into: typer.Typer = app, extra_arguments: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command that ends as the exit codes above say, without a traceback where the input is to blame.
+
+    Args:
+        name: None for that of the function.
+        into: a `group`, or the application itself.
+        extra_arguments: whether flags that the function does not name are its business: `typer.Context.args` has them.
+    """
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True} if extra_arguments else {}
+    return lambda function: into.command(name, context_settings=settings)(_guarded(function))
+
+
+def _guarded(function: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        try:
+            function(*args, **kwargs)
+            if sys.stdout is not None:  # closed by the caller: what is printed goes nowhere
+                sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+            raise typer.Exit(128 + signal.SIGPIPE) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(128 + signal.SIGINT) from None
+        except ModuleNotFoundError as error:
+            _fail(f'{error.name} is not installed; it comes with: pip install "bert_fast[demo,train,bench]"')
+        except OSError as error:
+            _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        except ValueError as error:
+            _fail(str(error))
+
+    return guarded
+
+
+def _fail(reason: str) -> None:
+    print(f"bert-fast: {' '.join(reason.split())}", file=sys.stderr)
+    raise typer.Exit(2) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"bert-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """A fast BERT: vectors and search, training from text to a fine-tuned model, and proof that it is right."""

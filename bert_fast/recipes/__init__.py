@@ -1,0 +1,1 @@
+"""Whole runs, each what a command does: pre-training, fine-tuning, transfer, evaluation, search, distillation."""

@@ -32,6 +32,10 @@ def _pair(references: ArrayLike, predictions: ArrayLike) -> tuple[NDArray[Any], 
     return expected, got
 
 
+def _constant(*sides: NDArray[Any]) -> bool:
+    return any(bool(np.all(side == side.flat[0])) for side in sides)
+
+
 def _f1(references: ArrayLike, predictions: ArrayLike, average: str) -> float:
     from sklearn.metrics import f1_score
 
@@ -68,16 +72,15 @@ def mcc(references: ArrayLike, predictions: ArrayLike) -> float:
     """Matthews' correlation of classes (n,); 0 where either side has one class only, as scikit-learn has it."""
     from sklearn.metrics import matthews_corrcoef
 
-    return float(matthews_corrcoef(*_pair(references, predictions)))
+    expected, got = _pair(references, predictions)
+    return 0.0 if _constant(expected, got) else float(matthews_corrcoef(expected, got))
 
 
 def _correlation(name: str, references: ArrayLike, predictions: ArrayLike) -> float:
     from scipy import stats
 
     expected, got = _pair(references, predictions)
-    if np.ptp(expected) == 0 or np.ptp(got) == 0:
-        return 0.0
-    return float(getattr(stats, name)(expected, got).statistic)
+    return 0.0 if _constant(expected, got) else float(getattr(stats, name)(expected, got).statistic)
 
 
 def pearson(references: ArrayLike, predictions: ArrayLike) -> float:
@@ -111,9 +114,9 @@ METRICS: dict[str, Metric] = {
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     """The entities of a sentence: (type, first word, last word + 1), by the rules of conlleval and seqeval.
 
-    A word goes on with the entity before it where it is I or E (BILOU's L) of the same type, and the word before it was B
-    or I; any other word but O begins one. So IOB1, IOB2, IOBES and BILOU need not be told apart, and I after O begins an
-    entity. A tag without a type, "B", has the type "_".
+    A word goes on with the entity before it where it is I or E (BILOU's L) of the same type, and the word before it was
+    B or I; any other word but O begins one. So IOB1, IOB2, IOBES and BILOU need not be told apart, and I after O begins
+    an entity. A tag without a type, "B", has the type "_".
 
     Raises:
         ValueError: a tag is of no such scheme, as "NN" (the tags of a task that has no entities).
@@ -172,14 +175,12 @@ def entity_scores(references: Sequence[Sequence[str]], predictions: Sequence[Seq
         references, predictions: tags of the words of each sentence.
 
     Raises:
-        ValueError: as `entity_counts`; or there is not a single word.
+        ValueError: as `entity_counts`; or there are no words.
     """
     counts = entity_counts(references, predictions).values()
     expected, predicted, right = (sum(count[field] for count in counts) for field in range(3))
-    same = [a == b for reference, got in zip(references, predictions, strict=True) for a, b in zip(reference, got)]
-    if not same:
-        raise ValueError("no words to compute a metric of")
-    return precision_recall_f1(expected, predicted, right) | {"accuracy": sum(same) / len(same)}
+    same = accuracy([tag for tags in references for tag in tags], [tag for tags in predictions for tag in tags])
+    return precision_recall_f1(expected, predicted, right) | {"accuracy": same}
 
 
 def entity_scores_by_type(
@@ -266,8 +267,9 @@ def best_thresholds(
 ) -> dict[str, float]:
     """SQuAD 2.0's search for the null score from which on it is best to say that there is no answer.
 
-    Two things are not as in the script: questions of equal null scores stay together, as no threshold can part them; and
-    where "no answer" to all is best, the threshold is below all null scores (the script has 0, made for probabilities).
+    Two things are not as in the script: questions of equal null scores stay together, as no threshold can part them;
+    and where "no answer" to all is best, the threshold is below all null scores (the script, made for probabilities,
+    has 0).
 
     Args:
         references: id of a question -> its gold answers; none where the context has no answer.
@@ -293,7 +295,7 @@ def best_thresholds(
         answer_scores(references[id], answers[id], True) if any(references[id]) else (-float(bool(answers[id])),) * 2
         for id in ids
     ]
-    result = {}
+    result: dict[str, float] = {}
     for field, name in enumerate(("exact", "f1")):
         score = best = float(impossible)
         threshold = min(0.0, null_scores[ids[0]] - 1)

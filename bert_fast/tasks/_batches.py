@@ -19,7 +19,7 @@ CHUNK = 4096
 
 
 def encode(
-    texts: Iterable[str] | Iterable[tuple[str, str]], tokenizer: Tokenizer, max_seq_length: int
+    texts: Iterable[Any], tokenizer: Tokenizer, max_seq_length: int
 ) -> tuple[list[dict[str, Any]], NDArray[np.bool_]]:
     """Features of texts or pairs of texts, without labels, and whether each lost tokens to `max_seq_length`."""
     features: list[dict[str, Any]] = []
@@ -51,7 +51,11 @@ def label_number(label: str, numbers: Mapping[str, int], example: str) -> int:
 
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:
     """Names of labels, each once: numbers by value, then the others by the alphabet, as transformers' run_glue."""
-    return tuple(sorted(set(labels), key=lambda label: (not label.isdecimal(), int(label.isdecimal() and label), label)))
+
+    def place(label: str) -> tuple[bool, int, str]:
+        return (False, int(label), label) if label.isdecimal() else (True, 0, label)
+
+    return tuple(sorted(set(labels), key=place))
 
 
 class PaddingCollator:

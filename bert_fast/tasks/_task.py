@@ -19,8 +19,8 @@ from bert_fast.training.batches import PackingCollator
 Output = tuple[NDArray[np.float32], ...]
 
 #: What is said of one example, as a line of JSON holds it: the `id` of the example, and what the kind of task says of
-#: it, a `label` or `tags` or an answer in the form that the example itself would have it. In `predictions_<split>.jsonl`
-#: a line has the example, too: `example`, the fields of its dataclass.
+#: it, in the form that the example itself would have it, as `label` or `tags`. `predictions_<split>.jsonl` has the
+#: example in each line, too: `example`, the fields of its dataclass.
 Prediction = dict[str, Any]
 
 

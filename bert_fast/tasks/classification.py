@@ -89,7 +89,7 @@ class Classification(Task):
 
     def _names(self, example: TextExample) -> tuple[str, ...]:
         """The classes of an example; ValueError for a label of another kind."""
-        names = (example.label,) if self._problem == "single" else example.label
+        names: Any = (example.label,) if self._problem == "single" else example.label
         if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
             raise self._wrong(example)
         return names
@@ -140,9 +140,7 @@ class Classification(Task):
 
     def predictions(self, examples: Sequence[Any], features: Features, outputs: Sequence[Output]) -> list[Prediction]:
         """See `Task`; `label` as an example has it, and `probabilities` by class."""
-        return [
-            {"id": example.id, **self._said(logits)} for example, (logits,) in zip(examples, outputs, strict=True)
-        ]
+        return [{"id": example.id, **self._said(logits)} for example, (logits,) in zip(examples, outputs, strict=True)]
 
     def _said(self, logits: Any) -> dict[str, Any]:
         if self._problem == "regression":

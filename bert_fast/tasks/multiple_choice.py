@@ -53,9 +53,7 @@ class MultipleChoice(Task):
     def features(self, examples: Sequence[Any], tokenizer: Tokenizer, *, labelled: bool) -> Features:
         """See `Task`; one feature an example, whose `input_ids` are (num_choices, num_tokens of each)."""
         _check_choices(examples)
-        pairs = [
-            choice if choice[1] is not None else choice[0] for example in examples for choice in example.choices
-        ]
+        pairs = [choice if choice[1] is not None else choice[0] for example in examples for choice in example.choices]
         choices, truncated = encode(pairs, tokenizer, self.max_seq_length)
         num_choices = len(examples[0].choices) if examples else 1
         inputs: list[dict[str, Any]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +20,9 @@ from bert_fast.tokenization import Tokenizer
 
 #: The tag of words that are part of no entity, and of those that `max_seq_length` cut off.
 OUTSIDE = "O"
+
+#: How the tags of entities begin, in IOB, IOBES and BILOU.
+ENTITY = ("B-", "I-", "E-", "L-", "S-", "U-")
 
 
 @dataclass
@@ -40,7 +44,7 @@ class TokenClassification(Task):
 
     @property
     def main_metric(self) -> str:
-        """F1 of entities; accuracy for tags that are no B-X and I-X."""
+        """F1 of entities; accuracy for tags that are not those of entities."""
         return "f1" if self._has_entities else "accuracy"
 
     @property
@@ -51,7 +55,7 @@ class TokenClassification(Task):
 
     @property
     def _has_entities(self) -> bool:
-        return all(tag == OUTSIDE or tag.startswith(("B-", "I-")) for tag in self._tags)
+        return all(tag == OUTSIDE or tag[:2] in ENTITY for tag in self._tags)
 
     def learn(self, examples: Sequence[Any]) -> None:
         """See `Task`."""
@@ -121,7 +125,7 @@ class TokenClassification(Task):
         references, answers = [list(example.tags) for example in examples], [p["tags"] for p in predictions]
         if self._has_entities:
             return entity_scores(references, answers)
-        return {"accuracy": accuracy(sum(references, []), sum(answers, []))}
+        return {"accuracy": accuracy([*chain(*references)], [*chain(*answers)])}
 
 
 def _first_of_each(owner: NDArray[np.int64], num_words: int) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from bert_fast.data.catalogue import DATASETS, read
+from bert_fast.data.catalogue import DATASETS
 from bert_fast.data.examples import ChoiceExample, Example, Examples, QuestionExample, TextExample, TokensExample
 from bert_fast.tasks._task import Features, Prediction, Task
 from bert_fast.tasks.registry import TASKS, make_task
@@ -49,7 +49,9 @@ def task_of(name: str, options: Mapping[str, Any]) -> Task:
     if name in TASKS:
         return make_task(name, **options)
     if name not in DATASETS:
-        raise ValueError(f"the task is {name!r}, expected a data set ({', '.join(DATASETS)}) or a kind ({', '.join(TASKS)})")
+        raise ValueError(
+            f"the task is {name!r}, expected a data set ({', '.join(DATASETS)}) or a kind ({', '.join(TASKS)})"
+        )
     dataset = DATASETS[name]
     known = dict(dataset.options)
     if dataset.kind == "classification":
@@ -97,9 +99,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
         staging.unlink(missing_ok=True)
 
 
-def write_predictions(
-    path: Path, predictions: Iterable[Prediction], examples: Iterable[Any] | None = None
-) -> None:
+def write_predictions(path: Path, predictions: Iterable[Prediction], examples: Iterable[Any] | None = None) -> None:
     """Write predictions as JSON lines, or as a table by the ending `.csv` or `.tsv`.
 
     Args:

@@ -54,6 +54,7 @@ class TaskTrainer(Trainer):
         features, world, rank = split.features, self.args.world_size, self.args.process_index
         share = replace(features, inputs=features.inputs[rank::world], owners=features.owners[rank::world])
         bar = None if self.is_world_process_zero() and not self.args.disable_tqdm else False
+        assert self.model is not None
         outputs = run(self.model, self.task, share, progress=bar, collate=self.collate)
         if self._counts_group is not None:
             shares: list[list[Output]] = [[] for _ in range(world)]

@@ -7,11 +7,12 @@ import json
 import platform
 import shutil
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bert_fast import __version__, reference
 from bert_fast.data.catalogue import DATASETS, read
@@ -175,6 +176,7 @@ def _arguments(settings: FinetuneSettings) -> Any:
         "save_total_limit": 1,
         "logging_steps": 0.05,
         "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
     }
     if "eval_steps" in given:
         defaults["save_steps"] = given["eval_steps"]
@@ -257,7 +259,6 @@ def _save(output_dir: Path, model: Any, source: Path, task: Task) -> None:
 def _write_results(
     output_dir: Path, settings: FinetuneSettings, task: Task, metrics: Mapping[str, Any], train: Mapping[str, Any]
 ) -> None:
-    import torch
     import transformers
 
     results = {

@@ -90,6 +90,24 @@ class FinetuneResult:
     seconds: float
     train: dict[str, Any]
 
+    def __str__(self) -> str:
+        train = self.train
+        cut = f", {train['num_truncated']} of them cut" if train["num_truncated"] else ""
+        skipped = "".join(f"; {count} skipped: {reason}" for reason, count in train["skipped"].items())
+        speed = f"{train['tokens_per_second']:,.0f} tokens/s"
+        done = f"{train['steps']} steps on {train['examples']} examples{cut} in {self.seconds:.1f} s ({speed}){skipped}"
+        return "\n".join([done, *([table(self.metrics)] if self.metrics else []), f"written: {self.output_dir}"])
+
+
+def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """A line for each split, a column for each metric."""
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    rows = [["", *names]]
+    rows += [[split, *(f"{values[n]:.4f}" if n in values else "" for n in names)] for split, values in metrics.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
+
 
 def finetune(settings: FinetuneSettings) -> FinetuneResult:
     """Fine-tune a checkpoint.
@@ -195,7 +213,7 @@ def _read(settings: FinetuneSettings, seed: int) -> dict[str, Examples]:
         sources = {split: settings.data_dir for split in DATASETS[settings.task].splits} | sources
     found = {}
     for split, source in sources.items():
-        labelled = not split.startswith("test")
+        labelled = None if split.startswith("test") else True  # None: labels if there are any
         examples = read(settings.task, source, split=split, columns=settings.columns or None, labelled=labelled)
         most = settings.max_train_samples if split == "train" else settings.max_eval_samples
         found[split] = sampled(examples, most, seed)

@@ -87,7 +87,7 @@ def test_packed_and_padded_batches_and_transformers_agree(tmp_path):
         expected = theirs(**batch)
     np.testing.assert_allclose(packed, padded, atol=1e-6)
     np.testing.assert_allclose(packed, expected.logits, atol=1e-5)
-        loss = model(**task.collator(model.config)(features.inputs)).loss
+    loss = model(**task.collator(model.config)(features.inputs)).loss
     assert loss.item() == pytest.approx(expected.loss.item())
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert_fast.embedder import Recipe
+from bert_fast.sentence_folder import Recipe
 from bert_fast.folders import resolve
 from bert_fast.loading import read_config
 from bert_fast.timing import MAX_ERROR, Call, Timing, compare

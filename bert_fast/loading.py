@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bert_fast import heads, sentence_folder
 from bert_fast.config import BertConfig
 from bert_fast.folders import CONFIG_FILE, resolve
-from bert_fast.sentence_embedding import BertForSentenceEmbedding
+from bert_fast.sentence_embedding import CONFIG_KEY, BertForSentenceEmbedding
 
 logger = logging.getLogger(__name__)
 
@@ -149,10 +149,12 @@ def from_pretrained(
 
 def replaced(config: BertConfig, fields: Mapping[str, Any]) -> BertConfig:
     """The config with other values of these fields; ValueError for a field that it has not, or an impossible value."""
-    known = [field.name for field in dataclasses.fields(BertConfig) if field.name != "extra"]
+    known = [field.name for field in dataclasses.fields(BertConfig) if field.name != "extra"] + [CONFIG_KEY]
     if unknown := [name for name in fields if name not in known]:
         raise ValueError(f"BertConfig has no {', '.join(unknown)}; it has {', '.join(known)}")
-    return dataclasses.replace(config, **fields)
+    extra = {**config.extra, **{name: value for name, value in fields.items() if name == CONFIG_KEY}}
+    fields = {name: value for name, value in fields.items() if name != CONFIG_KEY}
+    return dataclasses.replace(config, extra=extra, **fields)
 
 
 def build(

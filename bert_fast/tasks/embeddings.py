@@ -16,7 +16,6 @@ from bert_fast.sentence_embedding import SCORED, EmbeddingSettings
 from bert_fast.tasks._task import Features, Output, Prediction, Task
 from bert_fast.tasks.metrics import METRICS
 from bert_fast.tokenization import Tokenizer
-from bert_fast.training.batches import PackingCollator
 
 #: Anchors that are compared with all candidates at once when ranks are counted.
 RANKED_TOGETHER = 1024
@@ -113,7 +112,7 @@ class SentenceEmbeddings(Task):
 
     def collator(self, config: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """See `Task`."""
-        return SentencesCollator(PackingCollator(max_position_embeddings=config.max_position_embeddings))
+        return SentencesCollator(super().collator(config))
 
     @torch.inference_mode()
     def outputs(self, model: nn.Module, batch: Mapping[str, Any]) -> list[Output]:
@@ -171,10 +170,10 @@ class SentencesCollator:
     """Features of several examples -> one batch without padding, each text a sequence of its own.
 
     Attributes:
-        pack: makes the batch of texts.
+        pack: makes a batch of texts, as `training.batches.PackingCollator` does.
     """
 
-    pack: PackingCollator
+    pack: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Pack.
@@ -184,8 +183,8 @@ class SentencesCollator:
                 perhaps `labels`.
 
         Returns:
-            What `PackingCollator` gives for the texts; text_ids (num_examples, texts of each) int64, equal for texts of
-            equal tokens; labels (num_examples,) float32 where there are any.
+            What `pack` gives for the texts; text_ids (num_examples, texts of each) int64, equal for texts of equal
+            tokens; labels (num_examples,) float32 where there are any.
 
         Raises:
             ValueError: an example has another number of texts than the first one.

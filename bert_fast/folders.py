@@ -94,9 +94,8 @@ def new_folder(directory: str | Path) -> Iterator[Path]:
     Raises:
         ValueError: something is there already.
     """
+    refuse_existing(directory)
     directory = Path(directory).expanduser().resolve()
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise ValueError(f"{directory} is there already, expected the name of a new folder")
     directory.parent.mkdir(parents=True, exist_ok=True)
     building = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.writing")
     building.mkdir()
@@ -108,6 +107,13 @@ def new_folder(directory: str | Path) -> Iterator[Path]:
         _sync(directory.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def refuse_existing(directory: str | Path) -> None:
+    """ValueError if something is there, other than an empty folder."""
+    path = Path(directory).expanduser()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{directory} is there already, expected the name of a new folder")
 
 
 def _sync(path: Path) -> None:

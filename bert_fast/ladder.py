@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import tokenizers
 from tokenizers.models import WordPiece
+
+from bert_fast.lines import decoded
 
 #: What a tokenizer does with a word that it has no pieces for.
 POLICIES = ("unk", "characters")
@@ -97,11 +100,11 @@ class Ladder:
 
     def _climbed(self, text: str | tuple[str, str], max_length: int | None) -> Tokens:
         parts = list(text) if isinstance(text, tuple) else [text]
-        encoding = self._backend.encode(*parts)
+        encoding = self._encode(parts)
         if self._entities:
             mapped = [self._mapped(part, encoding, sequence) for sequence, part in enumerate(parts)]
             if mapped != parts:
-                parts, encoding = mapped, self._backend.encode(*mapped)
+                parts, encoding = mapped, self._encode(mapped)
         tokens = []
         for id, type_id, sequence, (start, end) in zip(
             encoding.ids, encoding.type_ids, encoding.sequence_ids, encoding.offsets, strict=True
@@ -112,6 +115,9 @@ class Ladder:
             tokens += [_Token(piece, type_id, sequence) for piece in spelled]
         kept = _cut(tokens, max_length)
         return Tokens([token.id for token in kept], [token.type_id for token in kept], len(kept) < len(tokens))
+
+    def _encode(self, parts: list[str]) -> tokenizers.Encoding:
+        return self._backend.encode(parts[0], parts[1] if len(parts) == 2 else None)
 
     def _spelling(self, text: str) -> list[int]:
         """The ids of the characters of a word, which the text spells before it is normalised."""
@@ -131,7 +137,7 @@ class Ladder:
         for id, word, part, (start, end) in zip(
             encoding.ids, encoding.word_ids, encoding.sequence_ids, encoding.offsets, strict=True
         ):
-            if part != sequence:
+            if part != sequence or word is None:
                 continue
             spans[word] = (spans.get(word, (start, end))[0], end)
             if id == self._unk and not (self._spell and self._unk not in self._spelling(text[start:end])):
@@ -162,6 +168,25 @@ class Ladder:
     def _words(self, text: str) -> list[str]:
         text, pre_tokenizer = self._normalized(text), self._backend.pre_tokenizer
         return [word for word, _ in pre_tokenizer.pre_tokenize_str(text)] if pre_tokenizer else text.split()
+
+
+def read_entities(path: str | Path) -> dict[str, str]:
+    """A dictionary of entities from a file: on each line a mention, a tab, and what is read instead.
+
+    Raises:
+        ValueError: a line is not UTF-8, has not one tab, or repeats a mention; the message gives its number.
+        OSError: the file cannot be read.
+    """
+    entities: dict[str, str] = {}
+    with open(path, "rb") as file:
+        for where, line in decoded(file, str(path)):
+            if line.strip():
+                mention, _, replacement = (part.strip() for part in line.partition("\t"))
+                if not mention or not replacement or "\t" in replacement:
+                    raise ValueError(f"{where} is {line!r}, expected a mention, a tab, and what is read instead")
+                if entities.setdefault(mention, replacement) != replacement:
+                    raise ValueError(f"{where} has {mention!r} again, for something else")
+    return entities
 
 
 def _cut(tokens: list[_Token], max_length: int | None) -> list[_Token]:

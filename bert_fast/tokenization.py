@@ -44,7 +44,7 @@ class TokenBatch:
         input_ids, token_type_ids: (num_tokens,) int64.
         lengths: (batch_size,) int64, tokens of each text.
         truncated: (batch_size,) bool, whether the text lost tokens to `max_length`.
-        unk_token_id: what stands for a word, or a part of one, that the vocabulary has nothing for; None if nothing does.
+        unk_token_id: of [UNK], which stands for words or parts of them that have no token; None where there is none.
     """
 
     input_ids: NDArray[np.int64]
@@ -141,7 +141,7 @@ class Tokenizer:
             unknown, entities: as the class takes them.
 
         Raises:
-            ValueError: no tokenizer is there, or its files cannot be read; the message names the file. And as the class.
+            ValueError: no tokenizer is there, or its files cannot be read (the message names it); or as the class.
         """
         folder = Path(folder)
         config_file = folder / "tokenizer_config.json"
@@ -190,7 +190,7 @@ class Tokenizer:
             if min(limits) <= special:
                 raise ValueError(f"max_length is {min(limits)}, expected more than the {special} special tokens")
             backend = self._truncating(min(limits))
-        encodings = backend.encode_batch_fast(inputs)
+        encodings: list[Any] = backend.encode_batch_fast(inputs)
         if self._ladder is not None:
             encodings = self._ladder.climb(inputs, encodings, min(limits, default=None))
         lengths = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(encodings))
@@ -250,7 +250,9 @@ def _from_vocab(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     return bert_backend(vocab, config, name=str(path))
 
 
-def bert_backend(vocab: dict[str, int], config: dict[str, Any], *, name: str = "the vocabulary") -> tokenizers.Tokenizer:
+def bert_backend(
+    vocab: dict[str, int], config: dict[str, Any], *, name: str = "the vocabulary"
+) -> tokenizers.Tokenizer:
     """BERT's tokenizer, as the tokenizers library has it.
 
     Args:

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers.models import WordPiece
 
 from bert_fast.folders import CONFIG_FILE, new_folder, read_json, resolve
-from bert_fast.vocabulary.words import split
+from bert_fast.vocabulary.words import split, tokenizer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,8 +165,8 @@ def extend(path_or_id: str | Path, words: Iterable[str], output: str | Path) -> 
 
     The vector of a new word is the mean of the vectors of the pieces it had. So are its row of a decoder that is not
     tied to the embeddings, and its entry of the decoder's bias: a masked language model then scores it with the mean
-    of its pieces' scores, neither first nor last among them before it is trained. Old ids and rows stay, bit for bit, and
-    so do the ids and the vectors of every text that has none of the words, nor one that begins with them (`changes`).
+    of its pieces' scores, neither first nor last among them before it is trained. Old ids and rows stay, bit for bit,
+    and so do ids and vectors of every text that has none of the words, nor one that begins with them (`changes`).
 
     Args:
         path_or_id: a BERT checkpoint or a sentence-transformers folder; a Hub id; or `demo`.
@@ -183,12 +183,10 @@ def extend(path_or_id: str | Path, words: Iterable[str], output: str | Path) -> 
     """
     from bert_fast.embedder import Recipe
     from bert_fast.loading import WEIGHT_PATTERNS, WEIGHTS_FILE, read_config, read_state_dict
-    from bert_fast.tokenization import Tokenizer
 
     folder = resolve(path_or_id)
-    recipe = Recipe.read(folder)
-    source = recipe.transformer
-    backend = Tokenizer.from_pretrained(source, lowercase=recipe.do_lower_case).backend
+    source = Recipe.read(folder).transformer
+    backend = tokenizer_of(folder).backend
     extension = plan(backend, words)
     if not extension.pieces:
         reasons = "; ".join(f"{word} {reason}" for word, reason in list(extension.refused.items())[:3])

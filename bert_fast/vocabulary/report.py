@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import tokenizers
@@ -109,10 +108,10 @@ def measure(
     costly = costly_words(counts, backend, num_words)
     unknown = [(word, count) for word, count in counts.items() if pieces[word] == (model.unk_token,)]
     by_length = {}
-    for first, following in pairwise((*LENGTHS, None)):
-        words = [word for word in counts if len(word) >= first and (following is None or len(word) < following)]
+    for first, last in zip(LENGTHS, [*(length - 1 for length in LENGTHS[1:]), None], strict=True):
+        words = [word for word in counts if len(word) >= first and (last is None or len(word) <= last)]
         if words:
-            by_length[first, following and following - 1] = _sum(words, counts, pieces, model.unk_token)
+            by_length[first, last] = _sum(words, counts, pieces, model.unk_token)
     return Report(
         ladder.num_lines,
         _sum(counts, counts, pieces, model.unk_token),

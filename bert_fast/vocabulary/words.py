@@ -1,18 +1,36 @@
-"""The words of a text as a tokenizer sees them, and how often each is there."""
+"""The words of a text as the tokenizer of a checkpoint sees them, and how often each is there."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import tokenizers
+
+if TYPE_CHECKING:
+    from bert_fast.tokenization import Tokenizer
 
 Item = TypeVar("Item")
 
 #: Seconds of reading after which a progress bar appears.
 PROGRESS_DELAY = 2.0
+
+
+def tokenizer_of(path_or_id: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint, a sentence-transformers folder, or a folder that has nothing else; Hub id; `demo`.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    from bert_fast.embedder import Recipe
+    from bert_fast.folders import resolve
+    from bert_fast.tokenization import Tokenizer
+
+    recipe = Recipe.read(resolve(path_or_id))
+    return Tokenizer.from_pretrained(recipe.transformer, lowercase=recipe.do_lower_case)
 
 
 def count_words(texts: Iterable[str], backend: tokenizers.Tokenizer) -> Counter[str]:

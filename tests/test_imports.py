@@ -17,6 +17,7 @@ ALLOWED = {
     "checks": set(),
     "folders": set(),
     "lines": set(),
+    "disk": set(),
     "config": {"activation", "folders"},
     "outputs": set(),
     "ragged": set(),

@@ -16,6 +16,8 @@ ALLOWED = {
     "activation": set(),
     "checks": set(),
     "folders": set(),
+    "lines": set(),
+    "disk": set(),
     "config": {"activation", "folders"},
     "outputs": set(),
     "ragged": set(),

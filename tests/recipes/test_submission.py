@@ -12,7 +12,7 @@ def written(folder, benchmark, predictions):
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "labels", "said"),
+    ("task", "labels", "said"),
     [
         ("cola", ["unacceptable", "acceptable"], "0 1"),
         ("sst2", ["positive", "negative"], "1 0"),
@@ -27,10 +27,10 @@ def written(folder, benchmark, predictions):
         ("rte", ["not_entailment"], "not_entailment"),
     ],
 )
-def test_glue(tmp_path, benchmark, labels, said):
+def test_glue(tmp_path, task, labels, said):
     predictions = [{"id": str(index), "label": label} for index, label in enumerate(labels)]
     rows = "".join(f"{index}\t{label}\n" for index, label in enumerate(said.split()))
-    assert written(tmp_path / "new", benchmark, predictions) == {GLUE_FILES[benchmark]: f"index\tprediction\n{rows}"}
+    assert written(tmp_path / "new", task, predictions) == {GLUE_FILES[task]: f"index\tprediction\n{rows}"}
 
 
 def test_squad(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import errno
 import json
 import logging
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 
 from bert_fast import heads, sentence_folder
 from bert_fast.config import BertConfig
+from bert_fast.disk import sync
 from bert_fast.folders import CONFIG_FILE, resolve
-from bert_fast.sentence_embedding import CONFIG_KEY, BertForSentenceEmbedding
+from bert_fast.sentence_embedding import BertForSentenceEmbedding
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def from_pretrained(
         path_or_id: a folder, a Hub id or `demo`, as `resolve` takes it.
         head: None for the `BertModel` alone, or a name of `bert_fast.modules.HEADS`. What the checkpoint lacks of a
             head is initialised afresh, with a warning that lists it.
-        config: fields of `BertConfig` in place of the checkpoint's, as `id2label` or `hidden_dropout_prob`. A
+        config: fields of `config.json` in place of the checkpoint's, as `id2label` or `hidden_dropout_prob`. A
             classifier of another number of labels than these then starts afresh, too, with a warning.
         dtype: of the parameters; None keeps the checkpoint's own.
         device: where they go; None for the CPU.
@@ -148,13 +148,8 @@ def from_pretrained(
 
 
 def replaced(config: BertConfig, fields: Mapping[str, Any]) -> BertConfig:
-    """The config with other values of these fields; ValueError for a field that it has not, or an impossible value."""
-    known = [field.name for field in dataclasses.fields(BertConfig) if field.name != "extra"] + [CONFIG_KEY]
-    if unknown := [name for name in fields if name not in known]:
-        raise ValueError(f"BertConfig has no {', '.join(unknown)}; it has {', '.join(known)}")
-    extra = {**config.extra, **{name: value for name, value in fields.items() if name == CONFIG_KEY}}
-    fields = {name: value for name, value in fields.items() if name != CONFIG_KEY}
-    return dataclasses.replace(config, extra=extra, **fields)
+    """The config with other values of these fields, or with these besides; ValueError for an impossible value."""
+    return BertConfig.from_dict({**config.to_dict(), **fields})
 
 
 def build(
@@ -354,9 +349,9 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
             _copy_other_files(directory, building)
         write_files(model, building)
         for path in (building / WEIGHTS_FILE, building / CONFIG_FILE, building):
-            _fsync(path)
+            sync(path)
         _put_in_place(building, directory)
-        _fsync(directory.parent)
+        sync(directory.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -440,11 +435,3 @@ def _exchange(first: Path, second: Path) -> None:
         raise OSError(errno.ENOSYS, "renameat2 is not available")
     if renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

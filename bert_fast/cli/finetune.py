@@ -30,6 +30,15 @@ Column = Annotated[
         rich_help_panel=FILES,
     ),
 ]
+ReadOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--read_option",
+        metavar="NAME=VALUE",
+        help="How files are read: label_delimiter=;  iob1=true  max_score=5. May be given several times.",
+        rich_help_panel=FILES,
+    ),
+]
 FineTunedModel = Annotated[str, typer.Argument(metavar="MODEL", help="A folder that bert-fast finetune left.")]
 Split = Annotated[str, typer.Option(help="Which part, where FILE is the folder of a data set.")]
 
@@ -79,6 +88,7 @@ def finetune(
     text_pair_column: PairColumn = None,
     label_column: LabelColumn = None,
     column: Column = None,
+    read_option: ReadOption = None,
     num_train_epochs: Annotated[float, _size("--num_train_epochs", "Times through the training file.")] = 3.0,
     learning_rate: Annotated[float, _size("--learning_rate", "The highest; published: 2e-5, 3e-5, 5e-5.")] = 5e-5,
     per_device_train_batch_size: Annotated[
@@ -162,7 +172,8 @@ def finetune(
             test_file=test_file,
             data_dir=data_dir,
             columns=_columns(text_column, text_pair_column, label_column, column),
-            task_options=given | {name: _value(value) for name, value in _pairs("--task_option", task_option).items()},
+            read_options=_options("--read_option", read_option),
+            task_options=given | _options("--task_option", task_option),
             arguments=arguments,
             max_train_samples=max_train_samples,
             max_eval_samples=max_eval_samples,
@@ -241,8 +252,12 @@ def _pairs(flag: str, given: list[str] | None) -> dict[str, str]:
         name, equals, value = word.partition("=")
         if not (name and equals and value):
             raise ValueError(f"{flag} is {word!r}, expected NAME=VALUE")
-        pairs[name.replace("-", "_")] = value
+        pairs[name] = value
     return pairs
+
+
+def _options(flag: str, given: list[str] | None) -> dict[str, Any]:
+    return {name.replace("-", "_"): _value(value) for name, value in _pairs(flag, given).items()}
 
 
 def _value(text: str) -> Any:

@@ -2,20 +2,15 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import word_checkpoints as checkpoints
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tasks"))
-
-import checkpoints
 
 from bert_fast.cli import app
 from bert_fast.embedder import Embedder

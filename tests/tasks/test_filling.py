@@ -2,11 +2,11 @@
 
 import re
 
-import checkpoints
 import numpy as np
 import pytest
 import torch
 import transformers
+import word_checkpoints as checkpoints
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner

@@ -46,6 +46,7 @@ class SentenceEmbeddings(Task):
 
     kind: ClassVar[str] = "embeddings"
     head: ClassVar[str] = "sentence_embedding"
+    packs: ClassVar[bool] = False  # an example has several texts
 
     def __post_init__(self) -> None:
         self.settings()
@@ -60,6 +61,10 @@ class SentenceEmbeddings(Task):
     def main_metric(self) -> str:
         """See `Task`."""
         return self.metric or ("spearman" if self.loss in SCORED else "mrr")
+
+    def metric_for(self, examples: Sequence[Any]) -> str:
+        """See `Task`: examples with scores have other metrics, whatever the loss."""
+        return self.metric or ("mrr" if any(example.score is None for example in examples) else "spearman")
 
     def learn(self, examples: Sequence[Any]) -> None:
         """See `Task`: whether there are scores, and with them the loss."""

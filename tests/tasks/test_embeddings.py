@@ -3,10 +3,10 @@
 import json
 import re
 
-import checkpoints
 import numpy as np
 import pytest
 import torch
+import word_checkpoints as checkpoints
 from scipy import stats
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses

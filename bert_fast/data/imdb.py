@@ -17,7 +17,7 @@ from bert_fast.data.tables import load_json, open_table
 
 ALIASES = {"negative": "neg", "positive": "pos"}
 WORD_INDEX = "imdb_word_index.json"
-#: What Keras' `load_data` puts before each review, and in the place of a word that it leaves out; how far it moves ranks.
+#: Of Keras' `load_data`: what stands before each review, what for a word left out, and what is added to ranks.
 START, UNKNOWN, INDEX_FROM = 1, 2, 3
 
 

@@ -45,7 +45,7 @@ def describe_dataset(name: str) -> str:
         f"  metrics  {', '.join(dataset.metrics)}",
         f"  options  {', '.join(f'{key} {value}' for key, value in dataset.options.items())}",
         "  columns  "
-        + " or ".join(", ".join(f"{role}={column}" for role, column in layout.items()) for layout in dataset.columns),
+        + "; or ".join(", ".join(f"{role}={column}" for role, column in layout.items()) for layout in dataset.columns),
         "  files, the first that is there, .gz too:",
     ]
     width = max(map(len, dataset.splits))

@@ -6,7 +6,7 @@ import io
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bert_fast.data.tables import WRONG_NUMBER_OF_COLUMNS, open_table, read_lines
@@ -109,7 +109,7 @@ BROKEN = {
 def test_a_broken_file_is_named_with_the_line(tmp_path, name):
     content, message = BROKEN[name]
     path = write(tmp_path, name, content)
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=r".") as error:
         rows(path)
     assert str(path) in str(error.value)
     assert message in str(error.value)
@@ -137,6 +137,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x0
 tables = st.lists(st.tuples(texts, texts), min_size=1, max_size=5)
 
 
+@settings(deadline=None)
 @given(tables)
 def test_csv_of_the_standard_library(tmp_path_factory, written):
     out = io.StringIO()
@@ -145,6 +146,7 @@ def test_csv_of_the_standard_library(tmp_path_factory, written):
     assert rows(path) == [{"a": a, "b": b} for a, b in written]
 
 
+@settings(deadline=None)
 @given(tables)
 def test_jsonl_of_the_standard_library(tmp_path_factory, written):
     content = "".join(json.dumps({"a": a, "b": b}, ensure_ascii=False) + "\n" for a, b in written)
@@ -155,6 +157,7 @@ def test_jsonl_of_the_standard_library(tmp_path_factory, written):
 lines = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00\t\r\n"), min_size=1, max_size=20)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(lines, lines), min_size=1, max_size=5))
 def test_tsv_of_the_standard_library(tmp_path_factory, written):
     out = io.StringIO()

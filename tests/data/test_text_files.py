@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bert_fast.data.catalogue import read
@@ -88,7 +88,7 @@ def test_values_of_json(tmp_path):
     path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
     assert labels(path) == ["1", "true", "x", "2", None]
     path = write(tmp_path, "b.jsonl", '{"text": "a", "label": {"x": 1}}')
-    with pytest.raises(ValueError, match="line 1: column 'label' is .*, expected the name of a class"):
+    with pytest.raises(ValueError, match=r"line 1: column 'label' is .*, expected the name of a class"):
         labels(path)
 
 
@@ -137,10 +137,13 @@ def test_what_is_refused(tmp_path):
         read("sst", path)
     with pytest.raises(ValueError, match="is a folder, expected a file"):
         read("classification", tmp_path)
-    with pytest.raises(ValueError, match="reading classification has no option 'iob1'; it has: problem, label_delimiter"):
+    with pytest.raises(
+        ValueError, match="reading classification has no option 'iob1'; it has: problem, label_delimiter"
+    ):
         read("classification", path, iob1=True)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["x", "y", "z"]), unique=True), st.sampled_from(["|", ";", ", "]))
 def test_several_labels_joined_and_cut_again(tmp_path_factory, names, delimiter):
     path = tmp_path_factory.mktemp("multi") / "a.tsv"

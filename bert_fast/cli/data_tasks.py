@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,7 +54,7 @@ def show(
     from bert_fast.data.describe import describe_examples
 
     columns = dict(_role(word) for word in column or ())
-    options = {"problem": problem, "label_delimiter": label_delimiter, "iob1": iob1, "max_score": max_score}
+    options: dict[str, Any] = {"problem": problem, "label_delimiter": label_delimiter, "iob1": iob1, "max_score": max_score}
     text = describe_examples(read(task, file, split=split, columns=columns, **options), examples)
     width = shutil.get_terminal_size().columns if typer.get_text_stream("stdout").isatty() else None
     for line in text.splitlines():

@@ -60,7 +60,7 @@ def test_lists_and_columns_of_choices(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("question,choice1,choice2,label\nq,a,b,2\n", "line 2: column 'label' is '2', expected the number of a choice, 0 to 1"),
+        ("question,choice1,choice2,label\nq,a,b,2\n", "column 'label' is '2', expected the number of a choice, 0 to 1"),
         ("question,choice1,choice2,label\nq,a,b,B\n", "column 'label' is 'B', expected the number"),
         ("question,choices,label\nq,\"[\"\"a\"\"]\",0\n", "line 2 has 1 choices, expected two or more"),
         ("question,label\nq,0\n", "has no columns sent1, sent2, choices or .*; it has: 'question', 'label'"),
@@ -103,5 +103,5 @@ def test_scores_that_are_refused(tmp_path, score, options, message):
 
 
 def test_pairs_without_columns(tmp_path):
-    with pytest.raises(ValueError, match="has no columns anchor, positive, negative or .*; it has: 'one', 'two'"):
+    with pytest.raises(ValueError, match=r"has no columns anchor, positive, negative or .*; it has: 'one', 'two'"):
         sentences(write(tmp_path, "a.csv", "one,two\na,b\n"))

@@ -44,8 +44,8 @@ def test_labels_are_those_of_datasets():
 
 
 def test_the_folder(tmp_path):
-    for name, text in {"train/pos/0_9": "Good <br />", "train/pos/10_7": "Fine", "train/neg/1_2": "Schön ist's nicht"}.items():  # fmt: skip
-        path = tmp_path / "aclImdb" / f"{name}.txt"
+    for name, text in {"pos/0_9": "Good <br />", "pos/10_7": "Fine", "neg/1_2": "Schön ist's nicht"}.items():
+        path = tmp_path / "aclImdb/train" / f"{name}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     expected = [("pos/0_9", "Good <br />", "pos"), ("pos/10_7", "Fine", "pos"), ("neg/1_2", "Schön ist's nicht", "neg")]
@@ -107,6 +107,17 @@ def test_a_pickle_that_runs_something_is_refused(tmp_path, monkeypatch, payload)
     ):
         read("imdb", tmp_path)
     assert not (tmp_path / "taken").exists()
+
+
+@pytest.mark.parametrize("cut", [1, 20, 60, 100, 150])
+def test_a_pickle_that_ends_early(tmp_path, cut):
+    path = tmp_path / "a.npz"
+    whole = pickle.dumps(objects(REVIEWS), protocol=3)
+    with zipfile.ZipFile(path, "w") as archive, archive.open("x.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": (2,)})
+        file.write(whole[:cut])
+    with pytest.raises(ValueError, match="the array 'x' is refused"):
+        load_array(path, "x")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -54,8 +54,17 @@ def show(
     from bert_fast.data.describe import describe_examples
 
     columns = dict(_role(word) for word in column or ())
-    options: dict[str, Any] = {"problem": problem, "label_delimiter": label_delimiter, "iob1": iob1, "max_score": max_score}
-    text = describe_examples(read(task, file, split=split, columns=columns, **options), examples)
+    found = read(
+        task,
+        file,
+        split=split,
+        columns=columns,
+        problem=problem,
+        label_delimiter=label_delimiter,
+        iob1=iob1,
+        max_score=max_score,
+    )
+    text = describe_examples(found, examples)
     width = shutil.get_terminal_size().columns if typer.get_text_stream("stdout").isatty() else None
     for line in text.splitlines():
         print(line if width is None or len(line) <= width else f"{line[: width - 1]}…")

@@ -118,10 +118,7 @@ def load_array(path: Path, name: str) -> np.ndarray:
             if version != (1, 0):
                 read_header = np.lib.format.read_array_header_2_0
             shape, _, dtype = read_header(file)
-            if dtype.hasobject:
-                array = _unpickle(file)
-            else:
-                array = np.frombuffer(file.read(), dtype).reshape(shape)
+            array = _unpickle(file) if dtype.hasobject else np.frombuffer(file.read(), dtype).reshape(shape)
     except (KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} has no array {name!r}: {error}") from error
     except (pickle.UnpicklingError, ValueError, EOFError) as error:

@@ -106,8 +106,8 @@ def inspect(
     num_instances: Annotated[int, typer.Option("--num-instances", "-n", min=0, help="How many are printed.")] = 3,
 ) -> None:
     """Print statistics of pre-training data, and some instances: hidden tokens read SEEN→TRUE."""
-    from bert_fast.data.dataset import ShardDataset
     from bert_fast.data.inspect import instances, statistics
+    from bert_fast.data.pretraining import ShardDataset
 
     dataset = ShardDataset(folder)
     print(statistics(folder, dataset.manifest))

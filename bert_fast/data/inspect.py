@@ -10,9 +10,9 @@ import numpy as np
 import tokenizers
 
 from bert_fast.data.counters import Uniforms
-from bert_fast.data.dataset import ShardDataset
 from bert_fast.data.encoding import TOKENIZER
 from bert_fast.data.masking import IGNORED_LABEL, Masking
+from bert_fast.data.pretraining import ShardDataset
 
 #: What the labels 0 and 1 of each objective mean.
 LABELS = {"nsp": ("next", "random"), "sop": ("in order", "swapped")}

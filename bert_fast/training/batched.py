@@ -36,10 +36,11 @@ class BatchedTrainer(DurableTrainer):
             options["data_collator"] = PackingCollator(max_position_embeddings=most)
         super().__init__(model, args, **options)
         self.inspector = Inspector(model)
-        if args.max_tokens_per_batch is not None and self.inspector.head == "BertForQuestionAnswering":
+        spans = self.inspector.head == "BertForQuestionAnswering" and not isinstance(model, Head)
+        if args.max_tokens_per_batch is not None and spans:
             raise ValueError(
-                f"max_tokens_per_batch is {args.max_tokens_per_batch}, but start_positions and end_positions count "
-                "from the beginning of a padded text: leave it out for question answering"
+                f"max_tokens_per_batch is {args.max_tokens_per_batch}, but the start_positions of transformers' "
+                "BertForQuestionAnswering count from the beginning of a padded text: take bert_fast's, or leave it out"
             )
         self.followers: list[Any] = [self.data_collator] if hasattr(self.data_collator, "set_epoch") else []
         self._sampler: TokenBudgetSampler | None = None
@@ -179,7 +180,7 @@ class BatchedTrainer(DurableTrainer):
 
 
 def _lengths(examples: Any) -> Any:
-    """Tokens of each example: what the data set says itself, as `bert_fast.data.dataset` does, or of all of them."""
+    """Tokens of each example: what the data set says itself, as that of pre-training does, or of all of them."""
     if hasattr(examples, "lengths"):
         return examples.lengths
     return [len(examples[index]["input_ids"]) for index in range(len(examples))]

@@ -21,6 +21,7 @@ from bert_fast import disk, loading
 from bert_fast.heads import Head
 from bert_fast.training import checkpoints
 from bert_fast.training.arguments import TrainingArguments
+from bert_fast.training.memory import kept_memory
 from bert_fast.training.signals import Termination
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class DurableTrainer(transformers.Trainer):
             checkpoint = self._claim(stack, wanted)
             self._signals.requested = self.terminating = False
             stack.enter_context(self._signals)
+            stack.enter_context(kept_memory())
             return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def _claim(self, stack: ExitStack, wanted: str | bool | None) -> str | None:

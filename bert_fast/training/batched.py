@@ -36,10 +36,11 @@ class BatchedTrainer(DurableTrainer):
             options["data_collator"] = PackingCollator(max_position_embeddings=most)
         super().__init__(model, args, **options)
         self.inspector = Inspector(model)
-        if args.max_tokens_per_batch is not None and self.inspector.head == "BertForQuestionAnswering":
+        spans = self.inspector.head == "BertForQuestionAnswering" and not isinstance(model, Head)
+        if args.max_tokens_per_batch is not None and spans:
             raise ValueError(
-                f"max_tokens_per_batch is {args.max_tokens_per_batch}, but start_positions and end_positions count "
-                "from the beginning of a padded text: leave it out for question answering"
+                f"max_tokens_per_batch is {args.max_tokens_per_batch}, but the start_positions of transformers' "
+                "BertForQuestionAnswering count from the beginning of a padded text: take bert_fast's, or leave it out"
             )
         self.followers: list[Any] = [self.data_collator] if hasattr(self.data_collator, "set_epoch") else []
         self._sampler: TokenBudgetSampler | None = None
@@ -80,7 +81,7 @@ class BatchedTrainer(DurableTrainer):
     def _token_sampler(self, examples: Any, max_tokens: int) -> TokenBudgetSampler:
         if self._sampler is None:
             self._sampler = TokenBudgetSampler(
-                [len(examples[index]["input_ids"]) for index in range(len(examples))],
+                _lengths(examples),
                 max_tokens,
                 seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
                 num_replicas=self.args.world_size,
@@ -176,3 +177,10 @@ class BatchedTrainer(DurableTrainer):
             options["steps_in_epoch"] = self._sampler.num_batches()
             options["num_update_steps_per_epoch"] = self._steps(options["steps_in_epoch"])
         super()._run_epoch(epoch=epoch, **options)
+
+
+def _lengths(examples: Any) -> Any:
+    """Tokens of each example: what the data set says itself, as that of pre-training does, or of all of them."""
+    if hasattr(examples, "lengths"):
+        return examples.lengths
+    return [len(examples[index]["input_ids"]) for index in range(len(examples))]

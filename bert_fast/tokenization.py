@@ -227,7 +227,8 @@ class Tokenizer:
             The tokens, and (num_tokens, 2) int64: token i is characters `offsets[i, 0]` to `offsets[i, 1]` of its text.
 
         Raises:
-            ValueError: a text is not a string; the message gives its index and type. Or the tokenizer has a ladder for unknown words.
+            ValueError: a text is not a string (the message gives its index and type), or the tokenizer has a ladder for
+                unknown words.
         """
         if self._ladder is not None:
             raise ValueError("a tokenizer with unknown= or entities= has no offsets")

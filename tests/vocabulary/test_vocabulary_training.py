@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ LINES = [
 ]
 MIXED = [*LINES[:60], "Crème brûlée à Ångström", "我爱北京。我爱东京。", "don't, re-do: 3.14"]
 
-ODD_TEXTS = ["", " \t\u00a0", "Crème BRÛLÉE", "我爱北京x东", "☃ snow☃man", "x" * 101, "[MASK] it [CLS]", "e\u0301a\u0308"]
+ODD_TEXTS = ["", " \t\u00a0", "BRÛLÉE", "我爱北京x东", "☃ snow☃man", "x" * 101, "[MASK] it [CLS]", "e\u0301a\u0308"]
 
 
 def rows(batch):
@@ -77,7 +78,7 @@ def defined(texts, vocab_size, min_frequency):
     while len(ids) < vocab_size:
         pairs = Counter()
         for word, pieces in words.items():
-            for pair in zip(pieces, pieces[1:], strict=False):
+            for pair in pairwise(pieces):
                 pairs[pair] += counts[word]
         best = min(pairs, key=lambda pair: (-pairs[pair], ids[pair[0]], ids[pair[1]]), default=None)
         if best is None or pairs[best] < min_frequency:
@@ -111,7 +112,7 @@ print(hashlib.sha256("\\n".join(train(lines, vocab_size=900, limit_alphabet=28).
 
 
 def test_the_same_vocabulary_in_every_process_and_order():
-    """The library's hash tables are seeded anew in each process: left to itself, it gives another vocabulary in each."""
+    """The library's hash tables are seeded anew in each process, and so are its vocabularies, left to itself."""
     found = {
         subprocess.run(
             [sys.executable, "-c", SCRIPT, str(seed)], capture_output=True, text=True, check=True, cwd=ROOT

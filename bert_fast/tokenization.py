@@ -228,7 +228,7 @@ class Tokenizer:
 
         Raises:
             ValueError: a text is not a string (the message gives its index and type), or the tokenizer has a ladder for
-                unknown words.
+                unknown words, whose tokens are of no characters.
         """
         if self._ladder is not None:
             raise ValueError("a tokenizer with unknown= or entities= has no offsets")

@@ -9,3 +9,5 @@ from bert_fast.cli import export, fill, finetune, inference, vocab
 from bert_fast.cli._app import app
 
 __all__ = ["app", "export", "fill", "finetune", "inference", "vocab"]
+from bert_fast.cli import data, data_tasks, finetune, inference, vocab
+__all__ = ["app", "data", "data_tasks", "finetune", "inference", "vocab"]

@@ -143,22 +143,55 @@ class Tokenizer:
         if isinstance(texts, str):
             raise ValueError("texts is one str, expected a sequence of them")
         inputs = [_checked(index, text) for index, text in enumerate(texts)]
-        backend = self.backend
+        backend = self._backend(max_length, pairs=any(isinstance(text, tuple) for text in inputs))
+        return _batch(backend.encode_batch_fast(inputs))
+
+    def encode_words(
+        self, texts: Sequence[Sequence[str]], max_length: int | None = None
+    ) -> tuple[TokenBatch, NDArray[np.int64]]:
+        """Tokenize texts that are given as words, and say which word each token is of.
+
+        Args:
+            texts: the words of each text. A word may have no token at all, as one of control characters.
+            max_length: as for `__call__`.
+
+        Returns:
+            The tokens, and (num_tokens,) int64, the number of the word in its text, -1 for a special token.
+
+        Raises:
+            ValueError: a word is not a string (the message gives the text's index and its type), or `max_length` leaves
+                no room.
+        """
+        inputs = []
+        for index, words in enumerate(texts):
+            if wrong := [word for word in words if not isinstance(word, str)]:
+                raise ValueError(f"texts[{index}] has a word that is a {type(wrong[0]).__name__}, expected a str")
+            inputs.append([_encodable(word) for word in words])
+        encodings = self._backend(max_length, pairs=False).encode_batch(inputs, is_pretokenized=True)
+        batch = _batch(encodings)
+        numbers = chain.from_iterable(encoding.word_ids for encoding in encodings)
+        return batch, np.fromiter((-1 if n is None else n for n in numbers), np.int64, len(batch.input_ids))
+
+    def _backend(self, max_length: int | None, pairs: bool) -> tokenizers.Tokenizer:
+        """What cuts texts to a number of tokens."""
         limits = [limit for limit in (max_length, self.model_max_length) if limit is not None]
-        if limits:
-            special = backend.num_special_tokens_to_add(any(isinstance(text, tuple) for text in inputs))
-            if min(limits) <= special:
-                raise ValueError(f"max_length is {min(limits)}, expected more than the {special} special tokens")
-            backend = self._truncating(min(limits))
-        encodings = backend.encode_batch_fast(inputs)
-        lengths = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(encodings))
-        total = int(lengths.sum())
-        return TokenBatch(
-            input_ids=np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, total),
-            token_type_ids=np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.int64, total),
-            lengths=lengths,
-            truncated=np.fromiter((bool(encoding.overflowing) for encoding in encodings), np.bool_, len(encodings)),
-        )
+        if not limits:
+            return self.backend
+        special = self.backend.num_special_tokens_to_add(pairs)
+        if min(limits) <= special:
+            raise ValueError(f"max_length is {min(limits)}, expected more than the {special} special tokens")
+        return self._truncating(min(limits))
+
+
+def _batch(encodings: Sequence[tokenizers.Encoding]) -> TokenBatch:
+    lengths = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(encodings))
+    total = int(lengths.sum())
+    return TokenBatch(
+        input_ids=np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, total),
+        token_type_ids=np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.int64, total),
+        lengths=lengths,
+        truncated=np.fromiter((bool(encoding.overflowing) for encoding in encodings), np.bool_, len(encodings)),
+    )
 
 
 def _clone(backend: tokenizers.Tokenizer, max_length: int | None) -> tokenizers.Tokenizer:

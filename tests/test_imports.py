@@ -30,7 +30,7 @@ ALLOWED = {
     "drop_in": LIGHT | {"encoder", "engine", "heads", "masked_lm", "modules", "ops"},
 }
 #: These may import everything above them, and of each other what stands here.
-LATE = {"data": set(), "tasks": {"data"}, "training": {"data"}, "recipes": {"data", "tasks", "training"}}
+LATE = {"data": set(), "tasks": {"data", "training"}, "training": {"data"}, "recipes": {"data", "tasks", "training"}}
 ABOVE = {
     "__init__", "loading", "tokenization", "batching", "transfer", "embedder", "bulk", "verify", "timing",
     "benchmarking", "info", "doctor", "demo", "tuning", "cli", *LATE,

@@ -36,10 +36,11 @@ class BatchedTrainer(DurableTrainer):
             options["data_collator"] = PackingCollator(max_position_embeddings=most)
         super().__init__(model, args, **options)
         self.inspector = Inspector(model)
-        if args.max_tokens_per_batch is not None and self.inspector.head == "BertForQuestionAnswering":
+        spans = self.inspector.head == "BertForQuestionAnswering" and not isinstance(model, Head)
+        if args.max_tokens_per_batch is not None and spans:
             raise ValueError(
-                f"max_tokens_per_batch is {args.max_tokens_per_batch}, but start_positions and end_positions count "
-                "from the beginning of a padded text: leave it out for question answering"
+                f"max_tokens_per_batch is {args.max_tokens_per_batch}, but the start_positions of transformers' "
+                "BertForQuestionAnswering count from the beginning of a padded text: take bert_fast's, or leave it out"
             )
         self.followers: list[Any] = [self.data_collator] if hasattr(self.data_collator, "set_epoch") else []
         self._sampler: TokenBudgetSampler | None = None

@@ -175,11 +175,11 @@ def _run(settings: SearchSettings, number: int, parameters: dict[str, Any], seed
     from bert_fast.training.faults import is_out_of_memory
 
     base, folder = settings.base, _folder(settings, number)
-    shutil.rmtree(folder, ignore_errors=True) if (folder / "task.json").exists() else None  # ended before its line
     arguments = {**base.arguments, **parameters, "seed": seed}
     start = time.perf_counter()
     try:
-        result = finetune(dataclasses.replace(base, output_dir=str(folder), arguments=arguments, resume=True))
+        run = dataclasses.replace(base, output_dir=str(folder), arguments=arguments, resume=folder.exists())
+        result = finetune(run)
     except (FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
@@ -288,7 +288,10 @@ def trials_table(trials: Sequence[Trial]) -> str:
     for group in ranked:
         mean = mean_score(group)
         for trial in group:
-            line = {"trial": str(trial.number), **{name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in trial.parameters.items()}}
+            line = {
+                "trial": str(trial.number),
+                **{name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in trial.parameters.items()},
+            }
             line |= {"seed": str(trial.seed), "score": "-" if trial.score is None else f"{trial.score:.4f}"}
             if several:
                 line["mean"] = "-" if mean is None else f"{mean:.4f}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import errno
 import json
 import logging
@@ -123,7 +122,7 @@ def from_pretrained(
         path_or_id: a folder, a Hub id or `demo`, as `resolve` takes it.
         head: None for the `BertModel` alone, or a name of `bert_fast.modules.HEADS`. What the checkpoint lacks of a
             head is initialised afresh, with a warning that lists it.
-        config: fields of `BertConfig` in place of the checkpoint's, as `id2label` or `hidden_dropout_prob`. A
+        config: fields of `config.json` in place of the checkpoint's, as `id2label` or `hidden_dropout_prob`. A
             classifier of another number of labels than these then starts afresh, too, with a warning.
         dtype: of the parameters; None keeps the checkpoint's own.
         device: where they go; None for the CPU.
@@ -147,11 +146,8 @@ def from_pretrained(
 
 
 def replaced(config: BertConfig, fields: Mapping[str, Any]) -> BertConfig:
-    """The config with other values of these fields; ValueError for a field that it has not, or an impossible value."""
-    known = [field.name for field in dataclasses.fields(BertConfig) if field.name != "extra"]
-    if unknown := [name for name in fields if name not in known]:
-        raise ValueError(f"BertConfig has no {', '.join(unknown)}; it has {', '.join(known)}")
-    return dataclasses.replace(config, **fields)
+    """The config with other values of these fields, or with these besides; ValueError for an impossible value."""
+    return BertConfig.from_dict({**config.to_dict(), **fields})
 
 
 def build(

@@ -172,6 +172,21 @@ class Tokenizer:
         numbers = chain.from_iterable(encoding.word_ids for encoding in encodings)
         return batch, np.fromiter((-1 if n is None else n for n in numbers), np.int64, len(batch.input_ids))
 
+    def encode_offsets(self, texts: Sequence[str]) -> tuple[TokenBatch, NDArray[np.int64]]:
+        """Tokenize whole texts without special tokens, and say which characters each token is of.
+
+        Returns:
+            The tokens, and (num_tokens, 2) int64: token i is characters `offsets[i, 0]` to `offsets[i, 1]` of its text.
+
+        Raises:
+            ValueError: a text is not a string; the message gives its index and type.
+        """
+        inputs = [_checked(index, text) for index, text in enumerate(texts)]
+        encodings = self.backend.encode_batch(inputs, add_special_tokens=False)
+        batch = _batch(encodings)
+        offsets = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
+        return batch, np.fromiter(offsets, np.int64, 2 * len(batch.input_ids)).reshape(-1, 2)
+
     def _backend(self, max_length: int | None, pairs: bool) -> tokenizers.Tokenizer:
         """What cuts texts to a number of tokens."""
         limits = [limit for limit in (max_length, self.model_max_length) if limit is not None]

@@ -6,43 +6,26 @@ Labels stand in the order of the ids of published checkpoints, which is that of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-#: role -> column. The roles of each kind are those of its reader.
-Columns = Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What is known of a data set.
-
-    Attributes:
-        name: as `run_glue.py` spells it.
-        kind: of task, as `bert_fast.tasks` names it.
-        title: what it asks, in a few words.
-        labels: names in the order of their ids; empty where there are none, or numbers.
-        metrics: official ones, by the names of `bert_fast.tasks.metrics`; checkpoints are chosen by the first.
-        splits: split -> names of its files, in the order in which they are looked for in the data set's folder.
-        columns: role -> column, for each layout it is handed around in; the first whose texts a file has is its own.
-        options: of the task, where they are not its defaults.
-    """
-
-    name: str
-    kind: str
-    title: str
-    labels: tuple[str, ...]
-    metrics: tuple[str, ...]
-    splits: Mapping[str, tuple[str, ...]]
-    columns: tuple[Columns, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
+from bert_fast.data.classification import read_texts
+from bert_fast.data.dataset import Dataset, Request
+from bert_fast.data.examples import Examples
+from bert_fast.data.glue import read_glue
+from bert_fast.data.imdb import read_reviews
+from bert_fast.data.multiple_choice import read_choices
+from bert_fast.data.questions import read_questions
+from bert_fast.data.sentences import read_sentences
+from bert_fast.data.tables import open_table
+from bert_fast.data.tokens import read_tokens
 
 
 def _files(name: str, *official: str) -> tuple[str, ...]:
     """Official names, then those of Hugging Face's exports and of its Hub."""
     exports = (f"{name}{suffix}" for suffix in (".jsonl", ".json", ".csv", ".parquet", "-00000-of-00001.parquet"))
-    return (*official, *exports)
+    return tuple(dict.fromkeys((*official, *exports)))
 
 
 def _glue(
@@ -67,7 +50,7 @@ def _glue(
 
 
 _SENTENCES = ("sentence1", "sentence2", "label")
-_SQUAD_COLUMNS = ({"id": "id", "question": "question", "context": "context", "answers": "answers"},)
+_SQUAD_COLUMNS = ({"question": "question", "context": "context", "answers": "answers"},)
 _SQUAD_OPTIONS = {
     "max_seq_length": 384,
     "doc_stride": 128,
@@ -142,11 +125,9 @@ _ALL = (
         ("premise", "hypothesis", "label"),
         ("sentence1", "sentence2", "gold_label"),
         splits={
-            "train": _files("train", "train.tsv", "multinli_1.0_train.txt"),
-            "validation": _files("validation_matched", "dev_matched.tsv", "multinli_1.0_dev_matched.txt"),
-            "validation_mismatched": _files(
-                "validation_mismatched", "dev_mismatched.tsv", "multinli_1.0_dev_mismatched.txt"
-            ),
+            "train": _files("train", "train.tsv"),
+            "validation": _files("validation_matched", "dev_matched.tsv"),
+            "validation_mismatched": _files("validation_mismatched", "dev_mismatched.tsv"),
             "test": _files("test_matched", "test_matched.tsv"),
             "test_mismatched": _files("test_mismatched", "test_mismatched.tsv"),
         },
@@ -195,7 +176,11 @@ _ALL = (
         "which of four endings goes on with a scene",
         (),
         ("accuracy",),
-        {"train": _files("train"), "validation": ("val.csv", *_files("validation")), "test": _files("test")},
+        {
+            "train": _files("train", "train.csv"),
+            "validation": _files("validation", "val.csv"),
+            "test": _files("test", "test.csv"),
+        },
         (
             {
                 "context": "sent1",
@@ -212,7 +197,7 @@ _ALL = (
         "sentiment of a film review",
         ("neg", "pos"),
         ("accuracy",),
-        {split: (f"{split}/pos", f"aclImdb/{split}/pos", "imdb.npz", *_files(split)) for split in ("train", "test")},
+        {split: (split, f"aclImdb/{split}", "imdb.npz", *_files(split)) for split in ("train", "test")},
         ({"text": "text", "label": "label"}, {"text": "review", "label": "sentiment"}),
         {"max_seq_length": 512},
     ),
@@ -220,3 +205,107 @@ _ALL = (
 
 #: name -> what is known of it.
 DATASETS: Mapping[str, Dataset] = {dataset.name: dataset for dataset in _ALL}
+
+Reader = Callable[..., Examples]
+
+
+def _read_table(request: Request, **options: Any) -> Examples:
+    return read_texts(open_table(request.path), request, **options)
+
+
+#: kind -> how files of it are read, and the options that this has.
+KINDS: Mapping[str, tuple[Reader, tuple[str, ...]]] = {
+    "classification": (_read_table, ("problem", "label_delimiter")),
+    "tokens": (read_tokens, ("iob1",)),
+    "question_answering": (read_questions, ()),
+    "multiple_choice": (read_choices, ()),
+    "embeddings": (read_sentences, ("max_score",)),
+}
+
+
+def read(
+    dataset_or_kind: str,
+    path: str | Path,
+    *,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    labelled: bool | None = None,
+    **options: Any,
+) -> Examples:
+    """The examples of a file.
+
+    Args:
+        dataset_or_kind: a name of `DATASETS`, or a kind of task: "classification", "tokens", "question_answering",
+            "multiple_choice", "embeddings".
+        path: a csv, tsv, jsonl, json or parquet file, or one of the data set's own; for a data set also its folder.
+        split: which file of the folder, as "train", "validation", "test", "validation_mismatched".
+        columns: role -> column of the file, where they have other names than usual; the readers say which roles.
+        labelled: True: an example without a label is an error; False: labels are not read; None: they are read where
+            they are.
+        options: of the kind: `problem` ("single", "multi", "regression") and `label_delimiter` for classification,
+            `iob1` (whether tags are IOB1) for tokens, `max_score` (the score of equal texts) for embeddings.
+
+    Returns:
+        The examples in the order of the file, and how many were left out for which reason.
+
+    Raises:
+        ValueError: there is no such data set, kind, file in the folder or option; or the file is not what it should
+            be: the message names the line, and what was expected.
+        OSError: a file cannot be read.
+    """
+    dataset = DATASETS.get(dataset_or_kind)
+    kind = dataset.kind if dataset else dataset_or_kind
+    if kind not in KINDS:
+        known = f"data sets: {', '.join(DATASETS)}; kinds: {', '.join(KINDS)}"
+        raise ValueError(f"there is no data set and no kind of task {dataset_or_kind!r}; {known}")
+    reader, known_options = KINDS[kind]
+    if dataset is not None and kind == "classification":
+        reader = read_reviews if dataset.name == "imdb" else read_glue
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in known_options:
+            said = f"it has: {', '.join(known_options)}" if known_options else "it has none"
+            raise ValueError(f"reading {kind} has no option {name!r}; {said}")
+    path = Path(path)
+    if path.is_dir():
+        path = _in_folder(dataset, path, split)
+    examples = reader(Request(path, split, columns or {}, labelled, dataset), **given)
+    if not examples.examples:
+        skipped = ", ".join(f"{count} left out ({reason})" for reason, count in examples.skipped.items())
+        raise ValueError(f"{path} holds no examples{': ' if skipped else ''}{skipped}")
+    return examples
+
+
+def _in_folder(dataset: Dataset | None, folder: Path, split: str) -> Path:
+    """The file of a split."""
+    if dataset is None:
+        raise ValueError(f"{folder} is a folder, expected a file")
+    if dataset.name == "imdb" and (folder / "pos").is_dir():
+        return folder
+    names = dataset.splits.get(split)
+    if names is None:
+        raise ValueError(f"{dataset.name} has no split {split!r}; it has: {', '.join(dataset.splits)}")
+    if (path := _found(names, folder)) is None:
+        looked_for = ", ".join(names)
+        raise ValueError(f"{folder} has no file of the split {split!r} of {dataset.name}; looked for: {looked_for}")
+    return path
+
+
+def _found(names: Iterable[str], folder: Path) -> Path | None:
+    paths = (path for name in names for path in (folder / name, folder / f"{name}.gz"))
+    return next((path for path in paths if path.exists()), None)
+
+
+def splits_in(name: str, folder: str | Path) -> tuple[str, ...]:
+    """The splits of a data set whose files are in a folder.
+
+    Raises:
+        ValueError: `name` is no data set, or the folder is not there or has nothing of it.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"{name} is no data set that has a folder; there are: {', '.join(DATASETS)}")
+    found = tuple(split for split, names in DATASETS[name].splits.items() if _found(names, Path(folder)))
+    if not found:
+        names = [name for names in DATASETS[name].splits.values() for name in names]
+        raise ValueError(f"{folder} is no folder with a file of {name}; looked for: {', '.join(names)}")
+    return found

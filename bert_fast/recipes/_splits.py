@@ -61,6 +61,12 @@ def task_of(name: str, options: Mapping[str, Any]) -> Task:
     return make_task(dataset.kind, **{**known, **options})
 
 
+def reading(task: Task, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for the reader of files: those given, and what a task knows of its labels."""
+    problem = getattr(task, "problem", None)
+    return {**({} if problem is None else {"problem": problem}), **options}
+
+
 def sampled(found: Examples, most: int | None, seed: int) -> Examples:
     """At most so many of the examples, in their order, chosen by the seed: a file may have its classes one by one."""
     if most is None or most >= len(found.examples):

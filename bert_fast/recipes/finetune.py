@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from bert_fast import __version__, reference
-from bert_fast.data.catalogue import DATASETS, read
+from bert_fast.data.catalogue import read, splits_in
 from bert_fast.data.examples import Examples
 from bert_fast.folders import resolve
 from bert_fast.heads import Head
 from bert_fast.loading import build, read_config, read_state_dict, replaced, save_pretrained
 from bert_fast.modules import HEADS
-from bert_fast.recipes._splits import Split, make_split, replacing, sampled, task_of, write_predictions
+from bert_fast.recipes._splits import Split, make_split, reading, replacing, sampled, task_of, write_predictions
 from bert_fast.recipes.predict import RESULTS_FILE, Collate, read_tokenizer
 from bert_fast.tasks._batches import PaddingCollator
 from bert_fast.tasks._task import Task
@@ -44,6 +44,7 @@ class FinetuneSettings:
             predicted at the end, and scored if it has labels.
         data_dir: the folder of a data set as it is handed around, in place of these files.
         columns: role -> column of the files, as `text` -> `sentence`.
+        read_options: of the reader, as `label_delimiter`, `iob1`, `max_score`; see `bert_fast.data.catalogue.read`.
         task_options: of the task's class, in place of the data set's and its defaults.
         arguments: of `bert_fast.training.TrainingArguments`, by name. With validation examples the model is by default
             evaluated and saved after every epoch, and the best one kept. Batches are `per_device_train_batch_size`
@@ -62,6 +63,7 @@ class FinetuneSettings:
     test_file: str | None = None
     data_dir: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    read_options: dict[str, Any] = field(default_factory=dict)
     task_options: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     max_train_samples: int | None = None
@@ -90,6 +92,24 @@ class FinetuneResult:
     seconds: float
     train: dict[str, Any]
 
+    def __str__(self) -> str:
+        train = self.train
+        cut = f", {train['num_truncated']} of them cut" if train["num_truncated"] else ""
+        skipped = "".join(f"; {count} skipped: {reason}" for reason, count in train["skipped"].items())
+        speed = f"{train['tokens_per_second']:,.0f} tokens/s"
+        done = f"{train['steps']} steps on {train['examples']} examples{cut} in {self.seconds:.1f} s ({speed}){skipped}"
+        return "\n".join([done, *([table(self.metrics)] if self.metrics else []), f"written: {self.output_dir}"])
+
+
+def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """A line for each split, a column for each metric."""
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    rows = [["", *names]]
+    rows += [[split, *(f"{values[n]:.4f}" if n in values else "" for n in names)] for split, values in metrics.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
+
 
 def finetune(settings: FinetuneSettings) -> FinetuneResult:
     """Fine-tune a checkpoint.
@@ -115,12 +135,13 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
     config, tokenizer = read_config(folder), read_tokenizer(folder)
     _check_tokenizer(folder, tokenizer, config)
     _check_length(task, config)
-    found = _read(settings, args.seed)
-    if "train" not in found:
-        raise ValueError("there are no training examples: give a train_file or a data_dir")
-    task.learn(found["train"].examples)
+    sources = _sources(settings)
+    found = _read(settings, task, "train", sources.pop("train"), args.seed)
+    task.learn(found.examples)
     _keep_order(task, config)
-    splits = {name: make_split(name, examples, task, tokenizer) for name, examples in found.items()}
+    splits = {"train": make_split("train", found, task, tokenizer)}
+    for name, source in sources.items():
+        splits[name] = make_split(name, _read(settings, task, name, source, args.seed), task, tokenizer)
     held_out = next((split for name, split in splits.items() if name.startswith("validation")), None)
     if held_out is not None and not held_out.labelled:
         raise ValueError("the validation file has examples without labels, and cannot say which checkpoint is the best")
@@ -167,13 +188,12 @@ def _arguments(settings: FinetuneSettings) -> Any:
     from bert_fast.training import TrainingArguments
 
     given = settings.arguments
-    splits = DATASETS[settings.task].splits if settings.data_dir and settings.task in DATASETS else {}
-    has_validation = settings.validation_file is not None or "validation" in splits
+    has_validation = any(split.startswith("validation") for split in _sources(settings))
     evaluates = given.get("eval_strategy", "epoch" if has_validation else "no")
     defaults: dict[str, Any] = {
         "eval_strategy": evaluates,
         "save_strategy": evaluates if has_validation else "epoch",
-        "save_total_limit": 1,
+        "save_total_limit": 2,  # the best and the last
         "logging_steps": 0.05,
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -185,21 +205,24 @@ def _arguments(settings: FinetuneSettings) -> Any:
     return TrainingArguments(settings.output_dir, **{**defaults, **given})
 
 
-def _read(settings: FinetuneSettings, seed: int) -> dict[str, Examples]:
-    """Split -> its examples, those of training first."""
+def _sources(settings: FinetuneSettings) -> dict[str, str]:
+    """Split -> its file, or the folder that it is in."""
     files = {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
-    sources: dict[str, str] = {split: file for split, file in files.items() if file is not None}
+    sources = {split: file for split, file in files.items() if file is not None}
     if settings.data_dir is not None:
-        if settings.task not in DATASETS:
-            raise ValueError(f"data_dir is the folder of a data set, and {settings.task} is none: give files")
-        sources = {split: settings.data_dir for split in DATASETS[settings.task].splits} | sources
-    found = {}
-    for split, source in sources.items():
-        labelled = not split.startswith("test")
-        examples = read(settings.task, source, split=split, columns=settings.columns or None, labelled=labelled)
-        most = settings.max_train_samples if split == "train" else settings.max_eval_samples
-        found[split] = sampled(examples, most, seed)
-    return found
+        sources = dict.fromkeys(splits_in(settings.task, settings.data_dir), settings.data_dir) | sources
+    if "train" not in sources:
+        where = "" if settings.data_dir is None else f", {settings.data_dir} has none"
+        raise ValueError(f"there are no training examples{where}: give a train_file")
+    return sources
+
+
+def _read(settings: FinetuneSettings, task: Task, split: str, source: str, seed: int) -> Examples:
+    """The examples of a split, with their labels; those of a test file may have none."""
+    options = reading(task, settings.read_options)
+    labelled = None if split.startswith("test") else True
+    found = read(settings.task, source, split=split, columns=settings.columns, labelled=labelled, **options)
+    return sampled(found, settings.max_train_samples if split == "train" else settings.max_eval_samples, seed)
 
 
 def _check_tokenizer(folder: Path, tokenizer: Tokenizer, config: Any) -> None:

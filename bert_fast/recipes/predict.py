@@ -18,7 +18,7 @@ from bert_fast.embedder import progress_bar, token_budget
 from bert_fast.folders import read_json, resolve
 from bert_fast.heads import Head
 from bert_fast.loading import from_pretrained, parse_device
-from bert_fast.recipes._splits import Split, check_format, make_split, write_predictions
+from bert_fast.recipes._splits import Split, check_format, make_split, reading, write_predictions
 from bert_fast.tasks._task import Features, Output, Prediction, Task
 from bert_fast.tasks.registry import load_task
 from bert_fast.tokenization import Tokenizer
@@ -86,7 +86,7 @@ class FineTuned:
         model: ready to run.
         tokenizer, task: its own.
         data: the data set or kind of task whose files it reads, by name.
-        columns: role -> column in these files, where it was given.
+        columns, read_options: how these files are read, as `finetune` was told.
     """
 
     folder: Path
@@ -95,6 +95,7 @@ class FineTuned:
     task: Task
     data: str
     columns: dict[str, str]
+    read_options: dict[str, Any]
 
 
 def load(
@@ -117,8 +118,9 @@ def load(
     model: Any = from_pretrained(folder, task.head, device=device)
     engine.set_precision(model.bert, precision, model.bert.engine)
     results = read_json(folder / RESULTS_FILE) if (folder / RESULTS_FILE).is_file() else {}
-    columns = results.get("settings", {}).get("columns", {})
-    return FineTuned(folder, model, read_tokenizer(folder), task, results.get("task", task.kind), columns)
+    settings = results.get("settings", {})
+    told = settings.get("columns", {}), settings.get("read_options", {})
+    return FineTuned(folder, model, read_tokenizer(folder), task, results.get("task", task.kind), *told)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -132,7 +134,9 @@ def read_split(
     tuned: FineTuned, file: str | Path, split: str = "test", columns: Mapping[str, str] | None = None, *, labelled: bool
 ) -> Split:
     """A file, or a split of a data set's folder, as the model's task takes it."""
-    found = read(tuned.data, file, split=split, columns={**tuned.columns, **(columns or {})}, labelled=labelled)
+    options = reading(tuned.task, tuned.read_options)
+    columns = {**tuned.columns, **(columns or {})}
+    found = read(tuned.data, file, split=split, columns=columns, labelled=labelled, **options)
     return make_split(split, found, tuned.task, tuned.tokenizer)
 
 

@@ -74,7 +74,11 @@ class TokenClassification(Task):
         return {"id2label": dict(enumerate(self._tags))}
 
     def features(self, examples: Sequence[Any], tokenizer: Tokenizer, *, labelled: bool) -> Features:
-        """See `Task`; the extra of each is the place of the first sub-word of each word, (num_words,), -1 for none."""
+        """See `Task`.
+
+        The extra of each is the place of the first sub-word of each word, (num_words,), -1 for none, and the number of
+        words that were cut off.
+        """
         inputs: list[dict[str, Any]] = []
         extras: list[Any] = []
         num_truncated, numbers = 0, {tag: number for number, tag in enumerate(self._tags)}
@@ -84,13 +88,13 @@ class TokenClassification(Task):
             tokens, words = tokenizer.encode_words([example.words for example in chunk], self.max_seq_length)
             num_truncated += tokens.num_truncated
             owners = np.split(words, tokens.lengths.cumsum()[:-1])
-            for example, feature, owner in zip(chunk, split_tokens(tokens), owners, strict=True):
+            for example, feature, owner, cut in zip(chunk, split_tokens(tokens), owners, tokens.truncated, strict=True):
                 first = _first_of_each(owner, len(example.words))
                 if labelled:
                     tags = np.array([label_number(tag, numbers, example.id) for tag in example.tags], np.int64)
                     feature["labels"] = self._targets(tags, owner, first, within)
                 inputs.append(feature)
-                extras.append(first)
+                extras.append((first, len(first) - 1 - int(owner.max()) if cut else 0))
         return Features(inputs, np.arange(len(inputs)), extras, num_truncated)
 
     def _targets(
@@ -112,11 +116,9 @@ class TokenClassification(Task):
     def predictions(self, examples: Sequence[Any], features: Features, outputs: Sequence[Output]) -> list[Prediction]:
         """See `Task`; `tags`, one a word, and where words were cut off `num_words_cut`."""
         said: list[Prediction] = []
-        for example, first, (logits,) in zip(examples, features.extras, outputs, strict=True):
+        for example, (first, num_cut), (logits,) in zip(examples, features.extras, outputs, strict=True):
             best = logits.argmax(axis=1)
             tags = [self._tags[best[place]] if place >= 0 else OUTSIDE for place in first]
-            # A word of no token, as a lone control character, is not cut off.
-            num_cut = int((first < 0).sum() - (first[: int(first.argmax()) + 1] < 0).sum()) if len(logits) else 0
             said.append({"id": example.id, "tags": tags, **({"num_words_cut": num_cut} if num_cut else {})})
         return said
 

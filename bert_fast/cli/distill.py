@@ -27,7 +27,9 @@ def distill(
     validation_file: Annotated[
         str | None, typer.Option("--validation_file", help="What both are scored on; the best epoch is kept.")
     ] = None,
-    test_file: Annotated[str | None, typer.Option("--test_file", help="Predicted at the end; scored if labelled.")] = None,
+    test_file: Annotated[
+        str | None, typer.Option("--test_file", help="Predicted at the end; scored if labelled.")
+    ] = None,
     data_dir: Annotated[
         str | None, typer.Option("--data_dir", help="Folder of the teacher's data set, in place of files.")
     ] = None,

@@ -27,9 +27,7 @@ def search_hparams(
     validation_file: Annotated[
         str | None, typer.Option("--validation_file", help="What says which trial is the best.")
     ] = None,
-    data_dir: Annotated[
-        str | None, typer.Option("--data_dir", help="Folder of a data set, in place of files.")
-    ] = None,
+    data_dir: Annotated[str | None, typer.Option("--data_dir", help="Folder of a data set, in place of files.")] = None,
     text_column: TextColumn = None,
     text_pair_column: PairColumn = None,
     label_column: LabelColumn = None,
@@ -40,7 +38,9 @@ def search_hparams(
             "--task_option", metavar="NAME=VALUE", help="Of the task, as max_seq_length=64; may be given several times."
         ),
     ] = None,
-    max_train_samples: Annotated[int | None, typer.Option("--max_train_samples", min=1, help="At most so many.")] = None,
+    max_train_samples: Annotated[
+        int | None, typer.Option("--max_train_samples", min=1, help="At most so many.")
+    ] = None,
     max_eval_samples: Annotated[int | None, typer.Option("--max_eval_samples", min=1, help="At most so many.")] = None,
     vary: Annotated[
         list[str] | None,
@@ -73,7 +73,9 @@ def search_hparams(
     ] = None,
     seeds: Annotated[
         str,
-        typer.Option("--seeds", help="Each point is trained with each, and judged by the mean.", rich_help_panel=SEARCH),
+        typer.Option(
+            "--seeds", help="Each point is trained with each, and judged by the mean.", rich_help_panel=SEARCH
+        ),
     ] = "42",
     metric: Annotated[
         str | None,

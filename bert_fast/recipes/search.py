@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ TABLE_FILE = "trials.md"
 DEFINITION_FILE = "search.json"
 BEST = "best"
 
+#: What a trial says while it runs, in its own folder.
+LOG_FILE = "log.txt"
+
 #: Points that are drawn at random before a search with a model of the scores begins.
 STARTUP = 10
 
@@ -38,7 +42,8 @@ class SearchSettings:
     """What a search is told.
 
     Attributes:
-        base: what all trials have in common; its `output_dir` is the folder of the search.
+        base: what all trials have in common; its `output_dir` is the folder of the search. A trial with a step that is
+            not finite fails, unless the arguments say `on_nan`.
         space: what is varied, among the arguments of training.
         trials: None tries every point of the space; a number draws as many, by what the ones before have scored.
         seeds: each point is trained with each of these, and judged by the mean of their scores.
@@ -175,11 +180,13 @@ def _run(settings: SearchSettings, number: int, parameters: dict[str, Any], seed
     from bert_fast.training.faults import is_out_of_memory
 
     base, folder = settings.base, _folder(settings, number)
-    arguments = {**base.arguments, **parameters, "seed": seed}
+    arguments = {"on_nan": "stop", "disable_tqdm": True, **base.arguments, **parameters, "seed": seed}
+    run = dataclasses.replace(base, output_dir=str(folder), arguments=arguments, resume=folder.exists())
+    folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     try:
-        run = dataclasses.replace(base, output_dir=str(folder), arguments=arguments, resume=folder.exists())
-        result = finetune(run)
+        with (folder / LOG_FILE).open("a", encoding="utf-8") as log, redirect_stdout(log):
+            result = finetune(run)
     except (FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise

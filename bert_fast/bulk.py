@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from bert_fast.disk import written_at_once
 from bert_fast.embedder import Embedder, progress_bar
+from bert_fast.lines import decoded, json_text
 from bert_fast.transfer import to_host
 
 STDIN = "-"
@@ -36,27 +35,8 @@ def read_texts(path: str, text_field: str | None = None) -> Iterator[str]:
     if path == STDIN and sys.stdin is None:
         raise OSError("stdin is closed")
     with nullcontext(sys.stdin.buffer) if path == STDIN else open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{'stdin' if path == STDIN else path}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where} is not UTF-8: {error}") from error
-            yield _field(text, text_field or "text", where) if as_json else text
-
-
-def _field(line: str, name: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is a JSON {type(record).__name__}, expected an object")
-    if name not in record:
-        raise ValueError(f"{where} has no field {name!r}; it has: {', '.join(record)}")
-    if not isinstance(record[name], str):
-        raise ValueError(f"{where}: field {name!r} is a {type(record[name]).__name__}, expected a string")
-    return record[name]
+        for where, text in decoded(lines, "stdin" if path == STDIN else path):
+            yield json_text(text, text_field or "text", where) if as_json else text
 
 
 class Summary(NamedTuple):
@@ -112,7 +92,7 @@ def embed_file(
     first = next(texts, None)  # a source that cannot be read is found before a model is loaded
     if first is None:
         raise ValueError(f"{'stdin' if source == STDIN else source} is empty: there is nothing to embed")
-    with _written_at_once(output) as file:  # from here on: a place that cannot be written is found before the work
+    with written_at_once(output) as file:  # from here on: a place that cannot be written is found before the work
         embedder = Embedder(model, dtype=dtype, precision=precision, device=device)
         started = time.perf_counter()
         num_texts, num_tokens, num_truncated = 0, 0, 0
@@ -141,21 +121,6 @@ def _write_header(file: IO[bytes], num_rows: int, width: int) -> None:
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield first
     yield from rest
-
-
-@contextmanager
-def _written_at_once(path: Path) -> Iterator[IO[Any]]:
-    """A file that takes the place of `path` when the block ends well, and leaves nothing when it does not."""
-    path = path.resolve()  # a link stays one
-    writing = path.with_name(f".{path.name}.{uuid.uuid4().hex}.writing")
-    try:
-        with open(writing, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(writing, path)
-    finally:
-        writing.unlink(missing_ok=True)
 
 
 def nearest(

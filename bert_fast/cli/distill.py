@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bert_fast.cli._app import command
-from bert_fast.cli.finetune import Column, LabelColumn, PairColumn, TextColumn, _columns, _resume
+from bert_fast.cli.finetune import Column, LabelColumn, PairColumn, ReadOption, TextColumn, _columns, _options, _resume
 
 STUDENT = "The student (one of these)"
 LOSS = "What it learns"
@@ -20,10 +20,10 @@ TRAINING = "How it is trained"
 def distill(
     context: typer.Context,
     teacher: Annotated[str, typer.Option("--teacher", help="The folder that bert-fast finetune left.")],
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the student and all about it goes.")],
     train_file: Annotated[
         str | None, typer.Option("--train_file", help="What the teacher says is learnt on these examples.")
     ] = None,
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the student and all about it goes.")] = ...,  # type: ignore[assignment]
     validation_file: Annotated[
         str | None, typer.Option("--validation_file", help="What both are scored on; the best epoch is kept.")
     ] = None,
@@ -37,6 +37,7 @@ def distill(
     text_pair_column: PairColumn = None,
     label_column: LabelColumn = None,
     column: Column = None,
+    read_option: ReadOption = None,
     student_layers: Annotated[
         int | None,
         typer.Option("--student_layers", help="So many of the teacher's layers, copied.", rich_help_panel=STUDENT),
@@ -133,6 +134,7 @@ def distill(
             test_file=test_file,
             data_dir=data_dir,
             columns=_columns(text_column, text_pair_column, label_column, column),
+            read_options=_options("--read_option", read_option),
             unlabelled=unlabelled,
             logits_weight=logits_weight,
             labels_weight=labels_weight,

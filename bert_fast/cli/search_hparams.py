@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from bert_fast.cli._app import command
-from bert_fast.cli.finetune import Column, LabelColumn, PairColumn, TextColumn, _columns, _pairs, _value
+from bert_fast.cli.finetune import (
+    Column,
+    LabelColumn,
+    PairColumn,
+    ReadOption,
+    TextColumn,
+    _columns,
+    _options,
+    _pairs,
+    _value,
+)
 
 SEARCH = "What is searched"
 
@@ -32,6 +42,7 @@ def search_hparams(
     text_pair_column: PairColumn = None,
     label_column: LabelColumn = None,
     column: Column = None,
+    read_option: ReadOption = None,
     task_option: Annotated[
         list[str] | None,
         typer.Option(
@@ -115,7 +126,8 @@ def search_hparams(
         validation_file=validation_file,
         data_dir=data_dir,
         columns=_columns(text_column, text_pair_column, label_column, column),
-        task_options={name: _value(value) for name, value in _pairs("--task_option", task_option).items()},
+        read_options=_options("--read_option", read_option),
+        task_options=_options("--task_option", task_option),
         arguments=arguments,
         max_train_samples=max_train_samples,
         max_eval_samples=max_eval_samples,

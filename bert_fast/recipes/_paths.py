@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bert_fast.benchmarking import markdown_table
+from bert_fast.recipes._page import element, figure, page, table
 
 
 @dataclass(frozen=True)
@@ -52,53 +53,43 @@ class TransferResult:
 
 def transfer_table(result: TransferResult) -> str:
     """A Markdown table, a line for each path, the whole one first."""
+    return markdown_table(_lines(result))
+
+
+def transfer_page(result: TransferResult) -> str:
+    """The same as a page that needs nothing else, with the score of every seed."""
+    lines = _lines(result)
+
+    def draw(axes: Any) -> None:
+        paths = result.paths[::-1]
+        for place, path in enumerate(paths):
+            axes.plot(path.scores, [place] * len(path.scores), "o", color="#2563eb", alpha=0.5)
+            axes.plot([path.mean], [place], "|", color="#2563eb", markersize=14)
+        axes.set_yticks(range(len(paths)), [path.name for path in paths])
+        axes.set_ylim(-0.6, len(paths) - 0.4)
+        axes.set_xlabel(result.metric)
+
+    return page(
+        "Transfer",
+        element("h1", "Transfer"),
+        element("p", "Each path from the checkpoint to the task; spread is the standard deviation over the seeds."),
+        table(list(lines[0]), [list(line.values()) for line in lines]),
+        element("h2", "Every seed, and their mean"),
+        figure("", draw, size=(8.0, 0.8 + 0.45 * len(result.paths))),
+    )
+
+
+def _lines(result: TransferResult) -> list[dict[str, str]]:
+    """Column -> what stands there, of each path."""
     whole, lines = result.paths[0], []
     for path in result.paths:
-        spread = float(np.std(path.scores, ddof=1)) if len(path.scores) > 1 else None
         line = {"path": path.name, result.metric: f"{path.mean:.4f}"}
         if len(whole.scores) > 1:
-            line |= {"spread": f"{spread:.4f}", "seeds": str(len(path.scores))}
+            line |= {"spread": f"{np.std(path.scores, ddof=1):.4f}", "seeds": str(len(path.scores))}
         line["against the whole"] = "" if path is whole else f"{path.mean - whole.mean:+.4f}"
         for name in whole.stages:
             change = path.perplexities.get(name)
             line[f"{name} perplexity"] = f"{change[0]:.1f} to {change[1]:.1f}" if change else "-"
         line["seconds"] = f"{path.seconds:.1f}"
         lines.append(line)
-    return markdown_table(lines)
-
-
-def transfer_page(result: TransferResult) -> str:
-    """The same as a page that needs nothing else."""
-    header, _, *rows = [
-        [html.escape(cell.strip()) for cell in line.strip("| ").split("|")]
-        for line in transfer_table(result).splitlines()
-    ]
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
-    low, high = (f(score for path in result.paths for score in path.scores) for f in (min, max))
-    span = (high - low) or 1.0
-    bars = "".join(
-        f'<div class="bar"><span>{html.escape(path.name)}</span><i>'
-        + "".join(f'<b style="left:{(score - low) / span * 100:.1f}%"></b>' for score in path.scores)
-        + f"</i><span>{path.mean:.4f}</span></div>\n"
-        for path in result.paths
-    )
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Transfer</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; width: 100% }}
-td, th {{ padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right }}
-td:first-child, th:first-child {{ text-align: left }}
-.bar {{ display: grid; grid-template-columns: 14rem 1fr 4rem; gap: 1rem; align-items: center }}
-.bar i {{ position: relative; height: 2px; background: #ccc; margin: 0 8px }}
-.bar b {{ position: absolute; width: 12px; height: 12px; margin: -5px 0 0 -6px; border-radius: 6px;
-  background: #2563eb99 }}
-</style>
-<h1>Transfer</h1>
-<p>Each path from the checkpoint to the task, scored by {html.escape(result.metric)}.</p>
-<table><tr>{"".join(f"<th>{cell}</th>" for cell in header)}</tr>
-{body}</table>
-<h2>Every seed</h2>
-<p>From {low:.4f}, at the left, to {high:.4f}.</p>
-{bars}</html>
-"""
+    return lines

@@ -22,8 +22,10 @@ from bert_fast.folders import read_json, resolve
 from bert_fast.heads import Head
 from bert_fast.loading import from_pretrained
 from bert_fast.recipes import finetune
-from bert_fast.recipes._splits import Split, make_split, replacing, sampled, write_predictions
+from bert_fast.recipes._splits import Split, beside, make_split, reading, replacing, sampled, write_predictions
+from bert_fast.recipes.card import write_card
 from bert_fast.recipes.predict import RESULTS_FILE, FineTuned, load, read_tokenizer, run
+from bert_fast.recipes.report import write_report
 from bert_fast.recipes.students import OF_THE_TASK, shallower, student_of
 from bert_fast.tasks._task import Features
 from bert_fast.tasks.registry import TASK_FILE
@@ -43,7 +45,8 @@ class DistillSettings:
         student_layers: the student is the teacher with so many of its layers, evenly spaced. Or:
         student_config: a `config.json` of its shape, at most the teacher's; its weights are parts of the teacher's. Or:
         student: a model, of any shape, with the teacher's vocabulary; its classifier starts afresh.
-        train_file, validation_file, test_file, columns: as for fine-tuning. The files are read as the teacher's were.
+        train_file, validation_file, test_file, columns, read_options: as for fine-tuning. Columns and options that are
+            not given are those of the teacher's files.
         data_dir: the folder of the teacher's data set, in place of these files.
         unlabelled: the training examples have no labels, or they are not to be used.
         logits_weight, labels_weight, hidden_weight, attention_weight: of the parts of the loss; see
@@ -64,6 +67,7 @@ class DistillSettings:
     test_file: str | None = None
     data_dir: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    read_options: dict[str, Any] = field(default_factory=dict)
     unlabelled: bool = False
     logits_weight: float = 1.0
     labels_weight: float = 0.5
@@ -152,12 +156,13 @@ def distill(settings: DistillSettings) -> DistillResult:
         hidden=settings.hidden_weight,
         attention=settings.attention_weight,
     )
-    splits = _splits(settings, tuned, args.seed)
+    splits = _splits(settings, finetuning, tuned, args.seed)
     held_out = next((split for name, split in splits.items() if name.startswith("validation")), None)
     if held_out is not None and not held_out.labelled:
         raise ValueError("the validation file has examples without labels, and cannot say which checkpoint is the best")
+    main_metric = tuned.task.main_metric if held_out is None else tuned.task.metric_for(held_out.examples)
     if held_out is not None and "metric_for_best_model" not in settings.arguments:
-        args.metric_for_best_model, args.greater_is_better = tuned.task.main_metric, True
+        args.metric_for_best_model, args.greater_is_better = main_metric, True
 
     transformers.set_seed(args.seed)
     student: Any = _student(settings, tuned)
@@ -188,7 +193,7 @@ def distill(settings: DistillSettings) -> DistillResult:
             said = tuned.task.predictions(split.examples, split.features, outputs)
             metrics["teacher"][name] = tuned.task.metrics(split.examples, said)
         if trainer.is_world_process_zero():
-            write_predictions(output_dir / f"predictions_{name}.jsonl", predictions, split.examples)
+            write_predictions(output_dir / f"predictions_{name}.jsonl", beside(split.examples, predictions))
     timed = _few((held_out or splits["train"]).features)
     speeds = _texts_per_second(tuned, student, timed)
     measured = {
@@ -202,12 +207,14 @@ def distill(settings: DistillSettings) -> DistillResult:
         for name, model in (("teacher", tuned.model), ("student", student))
     }
     result = DistillResult(
-        output_dir, tuned.task.main_metric, measured["teacher"], measured["student"], len(timed.inputs), seconds
+        output_dir, main_metric, measured["teacher"], measured["student"], len(timed.inputs), seconds
     )
     if trainer.is_world_process_zero():
         finetune._save(output_dir, student, tuned.folder, tuned.task)
-        finetune._write_results(output_dir, finetuning, tuned.task, metrics["student"], told)
+        finetune._write_results(output_dir, finetuning, tuned.task, main_metric, metrics["student"], told)
         _add_to_results(output_dir / RESULTS_FILE, settings, result)
+        write_report(output_dir)
+        write_card(output_dir)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -216,6 +223,8 @@ def _as_finetuning(settings: DistillSettings, tuned: FineTuned) -> finetune.Fine
     """What both have in common."""
     shared = {f.name for f in dataclasses.fields(finetune.FinetuneSettings)} & set(vars(settings))
     values = {name: getattr(settings, name) for name in shared}
+    values |= {"columns": {**tuned.columns, **settings.columns}}
+    values |= {"read_options": {**tuned.read_options, **settings.read_options}}
     return finetune.FinetuneSettings(model_name_or_path=settings.teacher, task=tuned.data, **values)
 
 
@@ -229,27 +238,17 @@ def _teacher(settings: DistillSettings) -> FineTuned:
     return load(folder, precision=settings.teacher_precision)
 
 
-def _splits(settings: DistillSettings, tuned: FineTuned, seed: int) -> dict[str, Split]:
+def _splits(
+    settings: DistillSettings, finetuning: finetune.FinetuneSettings, tuned: FineTuned, seed: int
+) -> dict[str, Split]:
     """Split -> its examples as the model takes them, those of training first."""
-    files = {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
-    sources = {split: file or settings.data_dir for split, file in files.items()}
-    if sources["train"] is None:
-        raise ValueError("there are no training examples: give a train_file or a data_dir")
     found = {}
-    for split, source in sources.items():
-        if source is None:
-            continue
-        labelled = split == "validation" or (split == "train" and not settings.unlabelled)
-        columns = {**tuned.columns, **settings.columns}
-        examples = read(tuned.data, source, split=split, columns=columns or None, labelled=labelled)
+    options = reading(tuned.task, finetuning.read_options)
+    for split, source in finetune._sources(finetuning).items():
+        labelled = None if split.startswith("test") else not (split == "train" and settings.unlabelled)
+        examples = read(tuned.data, source, split=split, columns=finetuning.columns, labelled=labelled, **options)
         most = settings.max_train_samples if split == "train" else settings.max_eval_samples
-        part = make_split(split, sampled(examples, most, seed), tuned.task, tuned.tokenizer)
-        if split == "train" and not part.labelled and settings.labels_weight and not settings.unlabelled:
-            raise ValueError(f"{source} has examples without labels; to learn from the teacher alone, say unlabelled")
-        if split == "train" and settings.unlabelled and part.labelled:
-            features = tuned.task.features(part.examples, tuned.tokenizer, labelled=False)
-            part = dataclasses.replace(part, features=features, labelled=False)
-        found[split] = part
+        found[split] = make_split(split, sampled(examples, most, seed), tuned.task, tuned.tokenizer)
     return found
 
 
@@ -300,7 +299,7 @@ def _texts_per_second(tuned: FineTuned, student: Head, features: Features) -> di
 
 def _add_to_results(file: Path, settings: DistillSettings, result: DistillResult) -> None:
     results = read_json(file)
-    results["settings"] = dataclasses.asdict(settings)
+    results["settings"] |= dataclasses.asdict(settings)
     results["distillation"] = {
         "teacher": dataclasses.asdict(result.teacher),
         "student": dataclasses.asdict(result.student),

@@ -181,6 +181,8 @@ def _run(settings: SearchSettings, number: int, parameters: dict[str, Any], seed
 
     base, folder = settings.base, _folder(settings, number)
     arguments = {"on_nan": "stop", "disable_tqdm": True, **base.arguments, **parameters, "seed": seed}
+    if arguments.get("save_only_model"):  # a trial that was interrupted cannot go on
+        shutil.rmtree(folder, ignore_errors=True)
     run = dataclasses.replace(base, output_dir=str(folder), arguments=arguments, resume=folder.exists())
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

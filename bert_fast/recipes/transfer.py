@@ -200,7 +200,9 @@ class _Runner:
             return before
         if before is not None and before["digest"] != now:
             self.say(f"{folder.name}: runs again, for {_differences(before['key'], key)}")
-            shutil.rmtree(folder)
+            before = None
+        if before is None or table["arguments"].get("save_only_model"):  # then what was interrupted cannot go on
+            shutil.rmtree(folder, ignore_errors=True)
             before = None
         self.say(f"{folder.name}: {'goes on' if before else 'runs'}")
         folder.mkdir(parents=True, exist_ok=True)

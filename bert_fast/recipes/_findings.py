@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,13 +13,22 @@ from bert_fast.tasks.metrics import answer_scores, entity_scores_by_type, precis
 
 #: How many errors, labels of a matrix, and characters of a text are shown.
 ERRORS, LABELS, CHARACTERS = 20, 20, 500
+#: Labels of a matrix that is no wider than half of the page.
+NARROW = 5
 
 Line = Mapping[str, Any]
-Section = tuple[str, Markup]
+
+
+class Section(NamedTuple):
+    """A part of the report; a wide one stands beside no other."""
+
+    title: str
+    content: Markup
+    wide: bool = False
 
 
 def findings(kind: str, lines: Sequence[Line], labels: Sequence[str]) -> list[Section]:
-    """Title and content of each section about the predictions of a split, each line with its `example`."""
+    """The sections about the predictions of a split, each line with its `example`."""
     return _KINDS[kind](lines, labels)
 
 
@@ -72,7 +81,7 @@ def _one_of(
     """One label each."""
     given = Counter(line["label"] for line in lines)
     if not known:
-        return [("Labels given", bars({"given": {label: given[label] for label in labels}}))]
+        return [Section("Labels predicted", bars({"predicted": {label: given[label] for label in labels}}))]
     expected = Counter(line["example"]["label"] for line in known)
     pairs = Counter((line["example"]["label"], line["label"]) for line in known)
     most = [label for label, _ in (expected + given).most_common(LABELS)]
@@ -93,13 +102,19 @@ def _one_of(
         [shown(line), element("span", line["example"]["label"], class_="right"), _said(line["label"]), sure]
         for line, sure in wrong[:ERRORS]
     ]
-    distribution = bars({"expected": {n: expected[n] for n in labels}, "given": {n: given[n] for n in labels}})
+    distribution = bars({"expected": {n: expected[n] for n in labels}, "predicted": {n: given[n] for n in labels}})
     return [
-        ("Confusion matrix", joined([element("p", left_out, class_="soft"), confusion] if left_out else [confusion])),
-        ("Classes", table(["label", "precision", "recall", "F1", "support"], rows)),
-        ("Labels", distribution),
-        ("Calibration", calibration(np.array(confident), np.array(right))),
-        _errors(errors, len(wrong), len(known), ["", "expected", "given", "probability"], "the most confident first"),
+        Section(
+            "Confusion matrix",
+            joined([element("p", left_out, class_="soft"), confusion] if left_out else [confusion]),
+            len(kept) > NARROW,
+        ),
+        Section("Classes", table(["label", "precision", "recall", "F1", "support"], rows)),
+        Section("Labels", distribution),
+        Section("Calibration", calibration(np.array(confident), np.array(right))),
+        _errors(
+            errors, len(wrong), len(known), ["", "expected", "predicted", "probability"], "the most confident first"
+        ),
     ]
 
 
@@ -115,11 +130,11 @@ def calibration(confident: np.ndarray, right: np.ndarray, bins: int = 10) -> Mar
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], linestyle=":", color="#8a8f98", label="calibrated")
         axes.plot(confidence, accuracy, marker="o", markersize=4, label="this model")
-        axes.set(xlabel="probability of the label that was given", ylabel="share that is right", ylim=(-0.03, 1.03))
+        axes.set(xlabel="probability of the predicted label", ylabel="share that is right", ylim=(-0.03, 1.03))
         axes.legend(loc="upper left")
 
     told = f"Expected calibration error over {bins} bins: {error:.3f}"
-    return joined([element("p", told), figure("Calibration", draw)])
+    return joined([element("p", told), figure("Reliability", draw)])
 
 
 def _several(known: Sequence[Line], labels: Sequence[str]) -> list[Section]:
@@ -146,9 +161,11 @@ def _several(known: Sequence[Line], labels: Sequence[str]) -> list[Section]:
         for off, line in wrong[:ERRORS]
     ]
     return [
-        ("Classes", table(["label", "precision", "recall", "F1", "support"], rows)),
-        ("Labels", bars({"expected": {n: expected[n] for n in labels}, "given": {n: given[n] for n in labels}})),
-        _errors(errors, len(wrong), len(known), ["", "expected", "given", "off by"], "the most confident first"),
+        Section("Classes", table(["label", "precision", "recall", "F1", "support"], rows)),
+        Section(
+            "Labels", bars({"expected": {n: expected[n] for n in labels}, "predicted": {n: given[n] for n in labels}})
+        ),
+        _errors(errors, len(wrong), len(known), ["", "expected", "predicted", "off by"], "the most confident first"),
     ]
 
 
@@ -162,13 +179,13 @@ def _numbers(known: Sequence[Line], said: str, wanted: str) -> list[Section]:
         axes.scatter(*pairs.T, s=9, alpha=0.6)
         low, high = pairs[:, 0].min(), pairs[:, 0].max()
         axes.plot([low, high], [low, high], linestyle=":", color="#8a8f98")
-        axes.set(xlabel="expected", ylabel="given")
+        axes.set(xlabel="expected", ylabel="predicted")
 
     order = np.argsort(-np.abs(pairs[:, 0] - pairs[:, 1]), kind="stable")[:ERRORS]
     errors = [[_texts(known[i]), *pairs[i].tolist(), float(pairs[i, 1] - pairs[i, 0])] for i in order]
     return [
-        ("Expected and given", element("div", figure("Expected and given", draw), class_="plots")),
-        ("Worst errors", table(["", "expected", "given", "difference"], errors, class_="full")),
+        Section("Expected and predicted", figure("Expected and predicted", draw)),
+        Section("Worst errors", table(["", "expected", "predicted", "difference"], errors, class_="full"), True),
     ]
 
 
@@ -179,26 +196,29 @@ def _tokens(lines: Sequence[Line], labels: Sequence[str]) -> list[Section]:
     known = [line for line in lines if line["example"]["tags"] is not None]
     given = Counter(tag for line in lines for tag in line["tags"])
     if not known:
-        return [("Tags given", bars({"given": {label: given[label] for label in labels}}))]
+        return [Section("Tags predicted", bars({"predicted": {label: given[label] for label in labels}}))]
     expected, said = [line["example"]["tags"] for line in known], [line["tags"] for line in known]
     pairs = Counter(pair for a, b in zip(expected, said, strict=True) for pair in zip(a, b, strict=True))
     wanted = Counter(tag for tags in expected for tag in tags)
     most = {label for label, _ in (wanted + given).most_common(LABELS)}
     kept = [label for label in labels if label in most]
-    sections = [("Confusion matrix", matrix(kept, [[pairs[row, column] for column in kept] for row in kept]))]
+    confusion = matrix(kept, [[pairs[row, column] for column in kept] for row in kept])
+    sections = [Section("Confusion matrix", confusion, len(kept) > NARROW)]
     if all(label == "O" or label[:2] in ("B-", "I-") for label in labels):
         rows: list[list[Any]] = [
             [name, scores["precision"], scores["recall"], scores["f1"], int(scores["support"])]
             for name, scores in entity_scores_by_type(expected, said).items()
         ]
-        sections.insert(0, ("Entities", table(["type", "precision", "recall", "F1", "support"], rows)))
+        sections.insert(0, Section("Entities", table(["type", "precision", "recall", "F1", "support"], rows)))
     else:
         rows = [
             [tag, *precision_recall_f1(wanted[tag], given[tag], pairs[tag, tag]).values(), wanted[tag]]
             for tag in labels
         ]
-        sections.insert(0, ("Tags", table(["tag", "precision", "recall", "F1", "support"], rows)))
-    sections.append(("Labels", bars({"expected": dict(wanted.most_common()), "given": {n: given[n] for n in wanted}})))
+        sections.insert(0, Section("Tags", table(["tag", "precision", "recall", "F1", "support"], rows)))
+    sections.append(
+        Section("Labels", bars({"expected": dict(wanted.most_common()), "predicted": {n: given[n] for n in wanted}}))
+    )
     wrong = [
         (sum(a != b for a, b in zip(e, s, strict=True)), i) for i, (e, s) in enumerate(zip(expected, said, strict=True))
     ]
@@ -236,7 +256,7 @@ def _answers(lines: Sequence[Line], labels: Sequence[str]) -> list[Section]:
     for exact, overlap in scores:
         groups["exact" if exact else "partly right" if overlap else "wrong"] += 1
     if any("null_score" in line for line in known):
-        groups["no answer given"] = sum(not line["answer"] for line in known)
+        groups["no answer predicted"] = sum(not line["answer"] for line in known)
         groups["no answer expected"] = sum(not texts for texts in gold)
     order = sorted((i for i in range(len(known)) if f1[i] < 1), key=lambda i: (f1[i] > 0, -known[i]["score"]))
     errors = [
@@ -249,9 +269,9 @@ def _answers(lines: Sequence[Line], labels: Sequence[str]) -> list[Section]:
         ]
         for i in order[:ERRORS]
     ]
-    header = ["question, and where its answer is", "expected", "given", "F1", "probability"]
+    header = ["question, and where its answer is", "expected", "predicted", "F1", "probability"]
     return [
-        ("Answers", bars({"questions": groups})),
+        Section("Answers", bars({"questions": groups})),
         _errors(
             errors, len(order), len(known), header, "without a right word, the most confident first; then the others"
         ),
@@ -296,9 +316,10 @@ def _vectors(lines: Sequence[Line], labels: Sequence[str]) -> list[Section]:
 
 def _errors(rows: list[list[Any]], wrong: int, total: int, header: Sequence[str], order: str) -> Section:
     if not wrong:
-        return "Errors", element("p", f"None in {total:,} examples.")
+        return Section("Worst errors", element("p", f"None in {total:,} examples."), True)
     shown = f"{wrong:,} of {total:,} examples are not right; " + (f"{len(rows)} of them, " if wrong > len(rows) else "")
-    return "Worst errors", joined([element("p", shown + order + "."), table(header, rows, class_="full")])
+    content = [element("p", shown + order + "."), table(header, rows, class_="full")]
+    return Section("Worst errors", joined(content), True)
 
 
 def _texts(line: Line) -> Markup:

@@ -28,7 +28,7 @@ p { margin: .3rem 0 .6rem; } .soft, caption, figcaption { color: var(--soft); } 
 .cards, .plots, .pair { display: grid; gap: 1rem; align-items: start; }
 .cards { grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); margin: .6rem 0; }
 .plots { grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); }
-.pair { grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); gap: 0 2rem; }
+.pair { grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 0 2rem; }
 .pair > * { min-width: 0; } .all { grid-column: 1 / -1; }
 .card, figure { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
 .card b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; } .card.main b { color: var(--main); }
@@ -39,7 +39,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 table.full { width: 100%; } caption { text-align: left; padding-bottom: .3rem; }
 th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap; }
-td { overflow-wrap: anywhere; } table.matrix td, table.matrix th { overflow-wrap: normal; }
+td { overflow-wrap: break-word; } table.full td { overflow-wrap: anywhere; }
 table.matrix td.number { min-width: 3.2rem; border: 1px solid var(--line); }
 .bar { display: inline-block; height: .7em; border-radius: .2em; background: var(--main); vertical-align: baseline; }
 .bar.other { background: #f97316; } .right { color: var(--right); } .wrong { color: var(--wrong); }
@@ -147,7 +147,7 @@ def bars(groups: Mapping[str, Mapping[str, int]]) -> Markup:
     rows = []
     for name in names:
         values = [counts.get(name, 0) for counts in groups.values()]
-        drawn = [element("div", _bar(i, 9 * value / most)) for i, value in enumerate(values)]
+        drawn = [element("div", _bar(i, 7 * value / most)) for i, value in enumerate(values)]
         rows.append([name, *values, joined(drawn)])
     return table(["", *(joined([_bar(i, 0.7), name]) for i, name in enumerate(groups)), ""], rows)
 

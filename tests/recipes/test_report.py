@@ -6,7 +6,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from bert_fast.cli import app
 from bert_fast.recipes.report import PUBLISHED, write_report
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
@@ -275,3 +277,21 @@ def test_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"predictions_validation\.jsonl has predictions without 'tags', which those"):
         write_report(folder)
     assert not (folder / "report.html").exists()
+
+
+def command(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_commands(tmp_path):
+    folder = make(tmp_path / "run", "regression")
+    assert command("report", folder).stdout.strip() == str(folder / "report.html")
+    done = command(
+        "submission", folder / "predictions_validation.jsonl", "--task_name", "stsb", "--output_dir", tmp_path / "out"
+    )
+    assert done.stdout.strip() == str(tmp_path / "out" / "STS-B.tsv")
+    bad = command("report", tmp_path)
+    assert (bad.exit_code, bad.stdout) == (2, "")
+    assert bad.stderr.strip().endswith("has no results.json: it is not a folder that bert-fast finetune left")
+    bad = command("submission", tmp_path / "none.jsonl", "--task_name", "stsb", "--output_dir", tmp_path)
+    assert (bad.exit_code, bad.stderr) == (2, f"bert-fast: {tmp_path / 'none.jsonl'}: No such file or directory\n")

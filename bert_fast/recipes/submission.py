@@ -60,6 +60,12 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
+def check_benchmark(name: str) -> None:
+    """ValueError for a name that is none of `BENCHMARKS`."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"the benchmark is {name!r}, expected one of {', '.join(BENCHMARKS)}")
+
+
 def write_submission(benchmark: str, predictions: Sequence[Line], output_dir: str | Path) -> list[Path]:
     """Write what a benchmark takes.
 
@@ -81,8 +87,7 @@ def write_submission(benchmark: str, predictions: Sequence[Line], output_dir: st
     Raises:
         ValueError: the benchmark is unknown, or a prediction is not one for it; the message names its id.
     """
-    if benchmark not in BENCHMARKS:
-        raise ValueError(f"the benchmark is {benchmark!r}, expected one of {', '.join(BENCHMARKS)}")
+    check_benchmark(benchmark)
     files = _files(benchmark, predictions)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,7 @@ def group(name: str, help: str) -> typer.Typer:
 
 
 #: Of several modules: text for pre-training, files of tasks.
-DATA = group("data", "Text for pre-training, and the files of tasks: what is known, and what is in them.")
+DATA = group("data", "Make pre-training data of text, look into them, and into the files of tasks.")
 
 
 def command(

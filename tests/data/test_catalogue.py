@@ -1,5 +1,6 @@
 """The catalogue as a whole, the repository's own examples, and the commands that show them."""
 
+import gzip
 from collections import Counter
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def test_the_file_of_a_split(tmp_path):
     assert read("sst2", tmp_path, split="validation").examples[0].text == "exported"
     (tmp_path / "dev.tsv").write_text(text.format("official"))
     assert read("sst2", tmp_path, split="validation").examples[0].text == "official"
+    (tmp_path / "train.tsv.gz").write_bytes(gzip.compress(text.format("compressed").encode()))
+    assert read("sst2", tmp_path).examples[0].text == "compressed"
 
 
 @pytest.mark.parametrize(

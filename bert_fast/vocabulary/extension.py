@@ -1,7 +1,7 @@
 """Words of a domain into the WordPiece vocabulary of a model, with rows of their own in its embedding table.
 
-They become part of the vocabulary itself. Tokens that are *added* to a tokenizer are looked for in each text one by
-one, before anything else, and in the middle of words too: thousands of them make a tokenizer crawl.
+They become part of the vocabulary itself. Tokens that are *added* to a tokenizer instead are looked for before anything
+else, in the middle of words too: "halyards" is then "halyard" and a word "s", not "##s".
 """
 
 from __future__ import annotations

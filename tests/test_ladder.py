@@ -175,7 +175,7 @@ def test_the_embedder_and_its_command(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), expected)
     np.testing.assert_array_equal(Embedder("demo", entities={"☃": "snowman"}).encode(["A ☃ melts."]), expected)
     result = CliRunner().invoke(app, ["embed", "demo", *map(str, options[:4])])
-    assert "6 tokens, 1 of them [UNK], in" in result.stdout
+    assert "7 tokens, 1 of them [UNK], in" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,20 @@ def test_evaluate_and_predict(run, tmp_path):
         predict.evaluate(tuned, tmp_path / "texts.tsv", progress=False)
 
 
+def test_a_data_set_by_name_and_its_submission(base, run, tmp_path):
+    finetune(settings(base, tmp_path / "run", "sst2", {"max_steps": 1}))
+    tuned = predict.load(tmp_path / "run", device="cpu")
+    file = EXAMPLES / "reviews" / "validation.tsv"
+    predict.predict(tuned, file, tmp_path / "said.jsonl", submission=tmp_path / "submission", progress=False)
+    rows = (tmp_path / "submission" / "SST-2.tsv").read_text().splitlines()
+    said = [line["label"] for line in lines(tmp_path / "said.jsonl")]
+    expected = [f"{number}\t{int(label == 'positive')}" for number, label in enumerate(said)]
+    assert rows == ["index\tprediction", *expected]
+    tuned = predict.load(run.output_dir, device="cpu")
+    with pytest.raises(ValueError, match="the benchmark is 'classification', expected one of cola"):
+        predict.predict(tuned, file, tmp_path / "said.jsonl", submission=tmp_path / "other")
+
+
 def test_outputs_do_not_depend_on_batches(run):
     tuned = predict.load(run.output_dir, device="cpu")
     part = predict.read_split(tuned, EXAMPLES / "reviews" / "validation.tsv", labelled=True)

@@ -27,6 +27,7 @@ ALLOWED = {
     "engine": LIGHT | {"encoder", "engine", "kernels", "ops", "_C"},
     "masked_lm": LIGHT | {"encoder", "engine", "heads", "ops"},
     "modules": LIGHT | {"encoder", "engine", "masked_lm"} | {"heads", "reference", "ops", "loading"},
+    "electra": LIGHT | {"encoder", "engine", "masked_lm", "modules"} | {"heads", "reference", "folders", "loading"},
     "drop_in": LIGHT | {"encoder", "engine", "heads", "masked_lm", "modules", "ops"},
 }
 #: These may import everything above them, and of each other what stands here.

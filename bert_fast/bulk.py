@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -16,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from bert_fast.embedder import Embedder, progress_bar
+from bert_fast.lines import decoded, json_text
 from bert_fast.transfer import to_host
 
 STDIN = "-"
@@ -36,27 +36,8 @@ def read_texts(path: str, text_field: str | None = None) -> Iterator[str]:
     if path == STDIN and sys.stdin is None:
         raise OSError("stdin is closed")
     with nullcontext(sys.stdin.buffer) if path == STDIN else open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{'stdin' if path == STDIN else path}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where} is not UTF-8: {error}") from error
-            yield _field(text, text_field or "text", where) if as_json else text
-
-
-def _field(line: str, name: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is a JSON {type(record).__name__}, expected an object")
-    if name not in record:
-        raise ValueError(f"{where} has no field {name!r}; it has: {', '.join(record)}")
-    if not isinstance(record[name], str):
-        raise ValueError(f"{where}: field {name!r} is a {type(record[name]).__name__}, expected a string")
-    return record[name]
+        for where, text in decoded(lines, "stdin" if path == STDIN else path):
+            yield json_text(text, text_field or "text", where) if as_json else text
 
 
 class Summary(NamedTuple):

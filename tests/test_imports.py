@@ -16,6 +16,7 @@ ALLOWED = {
     "activation": set(),
     "checks": set(),
     "folders": set(),
+    "lines": set(),
     "config": {"activation", "folders"},
     "outputs": set(),
     "ragged": set(),

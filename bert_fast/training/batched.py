@@ -80,7 +80,7 @@ class BatchedTrainer(DurableTrainer):
     def _token_sampler(self, examples: Any, max_tokens: int) -> TokenBudgetSampler:
         if self._sampler is None:
             self._sampler = TokenBudgetSampler(
-                [len(examples[index]["input_ids"]) for index in range(len(examples))],
+                _lengths(examples),
                 max_tokens,
                 seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
                 num_replicas=self.args.world_size,
@@ -176,3 +176,10 @@ class BatchedTrainer(DurableTrainer):
             options["steps_in_epoch"] = self._sampler.num_batches()
             options["num_update_steps_per_epoch"] = self._steps(options["steps_in_epoch"])
         super()._run_epoch(epoch=epoch, **options)
+
+
+def _lengths(examples: Any) -> Any:
+    """Tokens of each example: what the data set says itself, as `bert_fast.data.dataset` does, or of all of them."""
+    if hasattr(examples, "lengths"):
+        return examples.lengths
+    return [len(examples[index]["input_ids"]) for index in range(len(examples))]

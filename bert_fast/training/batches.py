@@ -20,11 +20,14 @@ LOOKAHEAD = 64
 #: What `IndexedDataset` calls the number of an example among its features.
 INDEX = "example_index"
 
+#: The words that tokens belong to, -1 for none, which masks are drawn by.
+WORDS = "word_ids"
+
 #: Names under which transformers' collators take labels, too.
 _LABELS = ("label", "label_ids")
 
 #: Features that are not for the model.
-_NOT_INPUTS = frozenset({INDEX, "attention_mask", "special_tokens_mask", "length"})
+_NOT_INPUTS = frozenset({INDEX, WORDS, "attention_mask", "special_tokens_mask", "length"})
 
 
 class _Plan(NamedTuple):
@@ -283,7 +286,8 @@ class PackingCollator:
     Integers with one value per token (`token_type_ids`, labels of tokens) are laid end to end as (1, num_tokens) int64.
     Numbers, and vectors of floats (labels of several classes at once), are stacked: (batch_size, ...), integers as
     int64, floats as float32. `label` and `label_ids` become `labels`. What is not for the model is left out:
-    `attention_mask`, which may hide no token, `special_tokens_mask`, `length` and what `masking.IndexedDataset` adds.
+    `attention_mask`, which may hide no token, `special_tokens_mask`, `length`, `word_ids` and what
+    `masking.IndexedDataset` adds.
 
     A text without tokens is legal: the encoder gives zeros for it.
 

@@ -10,11 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from bert_fast.heads import IGNORED_LABEL
-from bert_fast.training.batches import INDEX, PackingCollator
-
-#: Of the tokens to predict these parts become [MASK], and any word of the vocabulary; the rest stays.
-MASKED, REPLACED = 0.8, 0.1
+from bert_fast.data.counters import Uniforms
+from bert_fast.data.masking import Masking
+from bert_fast.training.batches import INDEX, WORDS, PackingCollator
 
 
 class IndexedDataset(Dataset[dict[str, Any]]):
@@ -37,9 +35,7 @@ class IndexedDataset(Dataset[dict[str, Any]]):
 class MaskingCollator:
     """Packs texts as `PackingCollator` does, and hides some of their tokens, which the model has to predict.
 
-    As in BERT (Devlin et al., 2018; google-research/bert, create_pretraining_data.py): of a text of n tokens, special
-    ones included, min(max_predictions, max(1, round(mlm_probability * n))) are chosen among those that are not special,
-    or as many as there are; 80% of them become [MASK], 10% a word drawn from the whole vocabulary, 10% stay.
+    How many tokens, which, and what becomes of them is said by `bert_fast.data.masking.Masking`.
 
     Every random number comes from (seed, epoch, index of the example) alone. So the masks are new in every epoch, and
     the same in a resumed run, in any batch and with any number of workers.
@@ -48,8 +44,10 @@ class MaskingCollator:
         vocab_size: of the words that replace a token.
         mask_token_id: of [MASK].
         special_token_ids: never chosen: [CLS], [SEP], [PAD].
+        scheme: what is chosen together, one of `bert_fast.data.masking.SCHEMES`; all but `subword` need `word_ids`.
         mlm_probability: part of the tokens to predict.
         max_predictions: of a text; None for any number.
+        masked, replaced: parts of the chosen tokens that become [MASK], and any word; the rest stays.
         seed: of the masks, together with epoch and index.
         max_position_embeddings: how many tokens a text may have; None for any number.
 
@@ -63,23 +61,26 @@ class MaskingCollator:
         vocab_size: int,
         mask_token_id: int,
         special_token_ids: Sequence[int],
+        scheme: str = "subword",
         mlm_probability: float = 0.15,
         max_predictions: int | None = None,
+        masked: float = 0.8,
+        replaced: float = 0.1,
         seed: int = 0,
         max_position_embeddings: int | None = None,
     ) -> None:
-        if not 0.0 < mlm_probability <= 1.0:
-            raise ValueError(f"mlm_probability is {mlm_probability}, expected more than 0, at most 1")
-        if max_predictions is not None and max_predictions < 1:
-            raise ValueError(f"max_predictions is {max_predictions}, expected at least 1")
         if seed < 0:
             raise ValueError(f"seed is {seed}, expected at least 0")
-        for token in (mask_token_id, *special_token_ids):
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"token id {token} is out of range [0, {vocab_size})")
-        self.vocab_size, self.mask_token_id = vocab_size, mask_token_id
-        self.special_token_ids = np.array(special_token_ids, np.int64)
-        self.mlm_probability, self.max_predictions = mlm_probability, max_predictions
+        self.masking = Masking(
+            vocab_size=vocab_size,
+            mask_token_id=mask_token_id,
+            special_token_ids=tuple(special_token_ids),
+            scheme=scheme,
+            mlm_probability=mlm_probability,
+            max_predictions=max_predictions,
+            masked=masked,
+            replaced=replaced,
+        )
         self.seed = seed
         self.pack = PackingCollator(max_position_embeddings=max_position_embeddings)
         # Shared, because workers that persist keep the copy of this object that they were started with.
@@ -95,14 +96,16 @@ class MaskingCollator:
         """Pack and mask.
 
         Args:
-            features: as `PackingCollator` takes them, without labels, from an `IndexedDataset`.
+            features: as `PackingCollator` takes them, without labels, from an `IndexedDataset`; `word_ids`
+                (num_tokens,) say which tokens are of one word, -1 of none.
 
         Returns:
             What `PackingCollator` does, and labels (1, num_tokens) int64: the token at the chosen positions, -100 at
             all others.
 
         Raises:
-            ValueError: what `PackingCollator` raises; an example has no index, or has labels.
+            ValueError: what `PackingCollator` raises; an example has no index, has labels, or lacks the ids of words
+                that the scheme needs.
         """
         batch = self.pack(features)
         if INDEX not in features[0]:
@@ -110,49 +113,29 @@ class MaskingCollator:
         if "labels" in batch:
             raise ValueError("the features have labels, which the tokens to predict would overwrite")
         ids: NDArray[np.int64] = batch["input_ids"][0].numpy()
-        lengths = np.diff(batch["cu_seq_lens_q"].numpy())
-        scores, actions, words = self._draw([int(feature[INDEX]) for feature in features], lengths)
-        chosen = choose(scores, ~np.isin(ids, self.special_token_ids), lengths, self._counts(lengths))
-        hidden = np.where(chosen & (actions < MASKED), self.mask_token_id, ids)
-        replaced = chosen & (actions >= MASKED) & (actions < MASKED + REPLACED)
-        hidden = np.where(replaced, (words * self.vocab_size).astype(np.int64), hidden)
+        lengths = np.diff(batch["cu_seq_lens_q"].numpy()).astype(np.int64)
+        words = self._words(features, lengths) if self.masking.needs_words else None
+        draws = self._draw([int(feature[INDEX]) for feature in features], lengths)
+        hidden, labels = self.masking.hide(ids, lengths, draws, words)
         batch["input_ids"] = torch.from_numpy(hidden)[None]
-        batch["labels"] = torch.from_numpy(np.where(chosen, ids, IGNORED_LABEL))[None]
+        batch["labels"] = torch.from_numpy(labels)[None]
         return batch
 
-    def _draw(self, indices: list[int], lengths: NDArray[Any]) -> NDArray[np.float64]:
-        """(3, num_tokens) numbers of [0, 1): the order of choice, what becomes of a token, and its replacement."""
-        bits = np.random.Philox(np.random.SeedSequence((self.seed, int(self._epoch))))
-        state, parts = bits.state, []
-        for index, length in zip(indices, lengths, strict=True):
-            state["state"]["counter"][2] = index  # of 2^256 values: streams of examples are 2^128 of them apart
-            bits.state = state
-            parts.append(bits.random_raw(3 * int(length)).reshape(3, -1))
-        return np.ldexp(np.concatenate(parts, axis=1) >> 11, -53)
+    def _words(self, features: Sequence[Mapping[str, Any]], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        if WORDS not in features[0]:
+            raise ValueError(
+                f"the features have no {WORDS}, which masks of the scheme {self.masking.scheme} are drawn by"
+            )
+        words = [np.asarray(feature[WORDS], np.int64) for feature in features]
+        for index, (ids, length) in enumerate(zip(words, lengths.tolist(), strict=True)):
+            if ids.shape != (length,):
+                raise ValueError(f"{WORDS} of feature {index} has shape {ids.shape}, expected ({length},), its tokens")
+        return np.concatenate(words)
 
-    def _counts(self, lengths: NDArray[Any]) -> NDArray[np.int64]:
-        """How many tokens of each text to predict; halves are rounded to even, as Python does."""
-        counts = np.maximum(1, np.rint(lengths * self.mlm_probability)).astype(np.int64)
-        return counts if self.max_predictions is None else np.minimum(counts, self.max_predictions)
-
-
-def choose(
-    scores: NDArray[np.float64], candidates: NDArray[np.bool_], lengths: NDArray[Any], counts: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    """The candidates with the lowest scores of each text, single tokens.
-
-    Args:
-        scores: (num_tokens,) below 1.
-        candidates: (num_tokens,) which tokens may be chosen.
-        lengths: (batch_size,) tokens of each text.
-        counts: (batch_size,) how many to choose; all candidates where there are fewer.
-
-    Returns:
-        (num_tokens,) bool.
-    """
-    texts = np.repeat(np.arange(len(lengths)), lengths)
-    order = np.argsort(2 * texts + np.where(candidates, scores, 1.5), kind="stable")
-    ranks = np.arange(len(texts)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    chosen = np.zeros(len(texts), bool)
-    chosen[order] = ranks < np.repeat(counts, lengths)
-    return chosen & candidates
+    def _draw(self, indices: list[int], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(numbers, num_tokens) of [0, 1), as `Masking.hide` takes them."""
+        uniforms, rows, parts = Uniforms(self.seed, int(self._epoch)), self.masking.numbers, []
+        for index, length in zip(indices, lengths.tolist(), strict=True):
+            uniforms.go_to(index)
+            parts.append(uniforms.take(rows * length).reshape(rows, length))
+        return np.concatenate(parts, axis=1)

@@ -86,6 +86,11 @@ class Head(nn.Module):
         self.config = config
         self.bert = self.base(config, add_pooling_layer=self.pooled)
 
+    @property
+    def shapes(self) -> tuple[BertConfig, ...]:
+        """The config of each encoder that a forward runs."""
+        return (self.config,)
+
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -179,12 +179,13 @@ Medians of interleaved rounds, each contender in a process of its own, of whole 
 backward, clipping, fused AdamW, freeing the gradients; a step's time is the mean over several, whose texts are the same
 for all. fill: share of real tokens in what the collator makes; grouped batches are those of transformers'
 `group_by_length`. GFLOP/s: three forward passes over real tokens, for the head of masked language modelling over the
-predicted ones alone, whatever a contender computes (bert_fast takes the loss of those alone, by `loss_only`, and leaves
-out of its last layer what no head reads); of peak: of what the machine reached in the contender's type in the same run.
-"to" says how many times as fast a contender is as the faster of transformers with and without torch.compile, on padded
-and on grouped batches. MB: the most that a step on the largest batch held beyond the model, its gradients and the
-optimiser; of its MB: of those of that peer on padded batches. error: of the first batch's loss and norm of the gradient
-without dropout, against transformers in float32, root mean square (torch.compile's before it compiles).
+predicted ones alone, whatever a contender computes (bert_fast takes the loss of those alone, by `loss_only`, leaves out
+of its last layer what no head reads, and runs within `kept_memory`, as its trainer does); of peak: of what the machine
+reached in the contender's type in the same run. "to" says how many times as fast a contender is as the faster of
+transformers with and without torch.compile, on padded and on grouped batches. MB: the most that a step on the largest
+batch held beyond the model, its gradients and the optimiser; of its MB: of those of that peer on padded batches. error:
+of the first batch's loss and norm of the gradient without dropout, against transformers in float32, root mean square
+(torch.compile's before it compiles).
 """
 
 

@@ -21,6 +21,7 @@ from bert_fast.benchmarking import Cost
 from bert_fast.config import BertConfig
 from bert_fast.folders import resolve
 from bert_fast.loading import read_config
+from bert_fast.training import kept_memory
 
 DROPOUT, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 1e-5, 1.0
 
@@ -114,6 +115,9 @@ class Training:
         self.trainee, self.device = trainee, device
         self.case: TrainCase | None = None
         self.request: Request | None = None
+        if self.is_ours:  # as its trainer does
+            self._memory = kept_memory()
+            self._memory.__enter__()
 
     @torch.inference_mode(False)  # the worker measures under it
     def __call__(self, request: Request) -> Tensor:
@@ -171,6 +175,11 @@ class Training:
         return peak.megabytes()
 
     @property
+    def is_ours(self) -> bool:
+        """Whether it trains on our kernels."""
+        return self.trainee.model in ("accelerated", "own")
+
+    @property
     def _dtype(self) -> torch.dtype:
         return getattr(torch, self.trainee.dtype)
 
@@ -187,8 +196,7 @@ class Training:
         self.run: Callable[..., Any] = self.model
         if self.trainee.compiled:
             self.run = torch.compile(self.model, dynamic=True)  # one for the shapes of all batches
-        ours = self.trainee.model in ("accelerated", "own")
-        self.options = {"loss_only": True} if ours and case.task == "mlm" else {}  # nobody reads the logits
+        self.options = {"loss_only": True} if self.is_ours and case.task == "mlm" else {}  # nobody reads the logits
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, LEARNING_RATE, weight_decay=0.01, fused=True)
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from bert_fast.disk import written_at_once
 from bert_fast.embedder import Embedder, progress_bar
 from bert_fast.lines import decoded, json_text
 from bert_fast.transfer import to_host
@@ -93,7 +92,7 @@ def embed_file(
     first = next(texts, None)  # a source that cannot be read is found before a model is loaded
     if first is None:
         raise ValueError(f"{'stdin' if source == STDIN else source} is empty: there is nothing to embed")
-    with _written_at_once(output) as file:  # from here on: a place that cannot be written is found before the work
+    with written_at_once(output) as file:  # from here on: a place that cannot be written is found before the work
         embedder = Embedder(model, dtype=dtype, precision=precision, device=device)
         started = time.perf_counter()
         num_texts, num_tokens, num_truncated = 0, 0, 0
@@ -122,21 +121,6 @@ def _write_header(file: IO[bytes], num_rows: int, width: int) -> None:
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield first
     yield from rest
-
-
-@contextmanager
-def _written_at_once(path: Path) -> Iterator[IO[Any]]:
-    """A file that takes the place of `path` when the block ends well, and leaves nothing when it does not."""
-    path = path.resolve()  # a link stays one
-    writing = path.with_name(f".{path.name}.{uuid.uuid4().hex}.writing")
-    try:
-        with open(writing, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(writing, path)
-    finally:
-        writing.unlink(missing_ok=True)
 
 
 def nearest(

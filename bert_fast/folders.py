@@ -1,9 +1,14 @@
-"""The folder of a checkpoint: where it is, and how its JSON files are read."""
+"""The folder of a checkpoint: where it is, how its JSON files are read, and how a new one appears whole."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +82,43 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected an object")
     return values
+
+
+@contextmanager
+def new_folder(directory: str | Path) -> Iterator[Path]:
+    """A folder to write into, which takes its name when the block ends well, and leaves nothing when it does not.
+
+    Args:
+        directory: its name; made with its parents. It may be there only if it is empty.
+
+    Raises:
+        ValueError: something is there already.
+    """
+    refuse_existing(directory)
+    directory = Path(directory).expanduser().resolve()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    building = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.writing")
+    building.mkdir()
+    try:
+        yield building
+        for path in (*building.rglob("*"), building):
+            _sync(path)
+        os.rename(building, directory)
+        _sync(directory.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def refuse_existing(directory: str | Path) -> None:
+    """ValueError if something is there, other than an empty folder."""
+    path = Path(directory).expanduser()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{directory} is there already, expected the name of a new folder")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bert_fast import heads
 from bert_fast.config import BertConfig
+from bert_fast.disk import sync
 from bert_fast.folders import CONFIG_FILE, resolve
 
 logger = logging.getLogger(__name__)
@@ -333,9 +334,9 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
             _copy_other_files(directory, building)
         write_files(model, building)
         for path in (building / WEIGHTS_FILE, building / CONFIG_FILE, building):
-            _fsync(path)
+            sync(path)
         _put_in_place(building, directory)
-        _fsync(directory.parent)
+        sync(directory.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -404,11 +405,3 @@ def _exchange(first: Path, second: Path) -> None:
         raise OSError(errno.ENOSYS, "renameat2 is not available")
     if renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import normalizers, pre_tokenizers, processors
+from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 
 from bert_fast.folders import read_json
+from bert_fast.ladder import POLICIES, Ladder
 
 if TYPE_CHECKING:
     import torch
@@ -43,12 +44,19 @@ class TokenBatch:
         input_ids, token_type_ids: (num_tokens,) int64.
         lengths: (batch_size,) int64, tokens of each text.
         truncated: (batch_size,) bool, whether the text lost tokens to `max_length`.
+        unk_token_id: of [UNK], which stands for words or parts of them that have no token; None where there is none.
     """
 
     input_ids: NDArray[np.int64]
     token_type_ids: NDArray[np.int64]
     lengths: NDArray[np.int64]
     truncated: NDArray[np.bool_]
+    unk_token_id: int | None = None
+
+    @property
+    def num_unknown(self) -> int:
+        """How many of the tokens are [UNK]."""
+        return 0 if self.unk_token_id is None else int(np.count_nonzero(self.input_ids == self.unk_token_id))
 
     @property
     def num_truncated(self) -> int:
@@ -60,7 +68,9 @@ class TokenBatch:
         lengths = self.lengths[indices]
         starts = (self.lengths.cumsum() - self.lengths)[indices]
         tokens = np.arange(lengths.sum()) + np.repeat(starts - (lengths.cumsum() - lengths), lengths)
-        return TokenBatch(self.input_ids[tokens], self.token_type_ids[tokens], lengths, self.truncated[indices])
+        return TokenBatch(
+            self.input_ids[tokens], self.token_type_ids[tokens], lengths, self.truncated[indices], self.unk_token_id
+        )
 
     def to_ragged(self, device: torch.device | str = "cpu") -> Ragged:
         """The batch as the fast BERT takes it."""
@@ -86,23 +96,52 @@ class Tokenizer:
     Args:
         backend: what does the work; its own padding and truncation are ignored.
         model_max_length: the most tokens a text may have, special tokens included; None for no limit.
+        unknown: what becomes of a word without pieces in the vocabulary: "unk", one [UNK]; or "characters", it is
+            spelled, and only characters that the vocabulary lacks are [UNK].
+        entities: mention -> what is read instead, where the mention would else be, or hold, an [UNK].
+
+    Raises:
+        ValueError: `unknown` is something else, or an entity is empty or contradicts another (`ladder.Ladder`).
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, model_max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        model_max_length: int | None = None,
+        *,
+        unknown: str = "unk",
+        entities: Mapping[str, str] | None = None,
+    ) -> None:
+        if unknown not in POLICIES:
+            raise ValueError(f"unknown is {unknown!r}, expected one of {', '.join(POLICIES)}")
         self.backend = _clone(backend, None)
         self.model_max_length = model_max_length
+        unk_token = getattr(self.backend.model, "unk_token", None)
+        #: Id of [UNK]; None for a tokenizer that has no such token.
+        self.unk_token_id = None if unk_token is None else self.backend.token_to_id(unk_token)
+        self._ladder: Ladder | None = None
+        if unknown != "unk" or entities:
+            self._ladder = Ladder(self.backend, spell=unknown == "characters", entities=entities or {})
         self._truncating = lru_cache(maxsize=8)(lambda max_length: _clone(self.backend, max_length))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, lowercase: bool = False) -> Tokenizer:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        lowercase: bool = False,
+        unknown: str = "unk",
+        entities: Mapping[str, str] | None = None,
+    ) -> Tokenizer:
         """Read a checkpoint's tokenizer: `tokenizer.json`, else `vocab.txt`; `tokenizer_config.json` beside either.
 
         Args:
             folder: the checkpoint.
             lowercase: lower-case the text first, whatever the files say.
+            unknown, entities: as the class takes them.
 
         Raises:
-            ValueError: no tokenizer is there, or its files cannot be read; the message names the file.
+            ValueError: no tokenizer is there, or its files cannot be read (the message names it); or as the class.
         """
         folder = Path(folder)
         config_file = folder / "tokenizer_config.json"
@@ -121,7 +160,8 @@ class Tokenizer:
             rest = [] if backend.normalizer is None else [backend.normalizer]
             backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
         max_length = config.get("model_max_length")
-        return cls(backend, None if max_length is None or max_length >= NO_MAX_LENGTH else int(max_length))
+        limit = None if max_length is None or max_length >= NO_MAX_LENGTH else int(max_length)
+        return cls(backend, limit, unknown=unknown, entities=entities)
 
     @property
     def vocab_size(self) -> int:
@@ -150,7 +190,9 @@ class Tokenizer:
             if min(limits) <= special:
                 raise ValueError(f"max_length is {min(limits)}, expected more than the {special} special tokens")
             backend = self._truncating(min(limits))
-        encodings = backend.encode_batch_fast(inputs)
+        encodings: list[Any] = backend.encode_batch_fast(inputs)
+        if self._ladder is not None:
+            encodings = self._ladder.climb(inputs, encodings, min(limits, default=None))
         lengths = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(encodings))
         total = int(lengths.sum())
         return TokenBatch(
@@ -158,6 +200,7 @@ class Tokenizer:
             token_type_ids=np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.int64, total),
             lengths=lengths,
             truncated=np.fromiter((bool(encoding.overflowing) for encoding in encodings), np.bool_, len(encodings)),
+            unk_token_id=self.unk_token_id,
         )
 
 
@@ -200,21 +243,32 @@ def _apply_config(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None
 
 def _from_vocab(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     """BERT's tokenizer over the vocabulary in a file of one token a line."""
-    special = {role: _content(config.get(role) or token) for role, token in SPECIAL_TOKENS.items()}
     try:
         vocab = WordPiece.read_file(str(path))
-        backend = tokenizers.Tokenizer(WordPiece(vocab, unk_token=special["unk_token"]))
     except Exception as error:  # what the library raises is a bare Exception
         raise ValueError(f"{path} is not a vocabulary: {error}") from error
+    return bert_backend(vocab, config, name=str(path))
+
+
+def bert_backend(
+    vocab: dict[str, int], config: dict[str, Any], *, name: str = "the vocabulary"
+) -> tokenizers.Tokenizer:
+    """BERT's tokenizer, as the tokenizers library has it.
+
+    Args:
+        vocab: token -> id.
+        config: the contents of a tokenizer_config.json; what it does not say is as in BERT, uncased.
+        name: of the vocabulary, for the message of an error.
+
+    Raises:
+        ValueError: the vocabulary lacks [UNK], [CLS] or [SEP], or what `config` calls them.
+    """
+    special = {role: _content(config.get(role) or token) for role, token in SPECIAL_TOKENS.items()}
     missing = [special[role] for role in ("unk_token", "cls_token", "sep_token") if special[role] not in vocab]
     if missing:
-        raise ValueError(f"{path} lacks the special tokens {', '.join(missing)}")
-    backend.normalizer = normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
-        strip_accents=config.get("strip_accents"),
-        lowercase=config.get("do_lower_case", True),
-    )
+        raise ValueError(f"{name} lacks the special tokens {', '.join(missing)}")
+    backend = tokenizers.Tokenizer(WordPiece(vocab, unk_token=special["unk_token"]))
+    backend.normalizer = bert_normalizer(config)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     cls_token, sep_token = special["cls_token"], special["sep_token"]
     backend.post_processor = processors.TemplateProcessing(
@@ -222,8 +276,19 @@ def _from_vocab(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
         pair=f"{cls_token}:0 $A:0 {sep_token}:0 $B:1 {sep_token}:1",
         special_tokens=[(token, vocab[token]) for token in (cls_token, sep_token)],
     )
+    backend.decoder = decoders.WordPiece()
     backend.add_special_tokens([token for token in special.values() if token in vocab])
     return backend
+
+
+def bert_normalizer(config: dict[str, Any]) -> normalizers.Normalizer:
+    """BERT's, with the options of a tokenizer_config.json."""
+    return normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"),
+        lowercase=config.get("do_lower_case", True),
+    )
 
 
 def _content(token: str | dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ ALLOWED = {
     "checks": set(),
     "folders": set(),
     "lines": set(),
+    "disk": set(),
     "config": {"activation", "folders"},
     "outputs": set(),
     "ragged": set(),
@@ -32,9 +33,12 @@ ALLOWED = {
     "drop_in": LIGHT | {"encoder", "engine", "heads", "masked_lm", "modules", "ops"},
 }
 #: These may import everything above them, and of each other what stands here.
-LATE = {"data": set(), "tasks": {"data"}, "training": {"data"}, "recipes": {"data", "tasks", "training"}}
+LATE = {
+    "data": set(), "vocabulary": set(), "tasks": {"data"}, "training": {"data"},
+    "recipes": {"data", "tasks", "training"},
+}  # fmt: skip
 ABOVE = {
-    "__init__", "loading", "tokenization", "batching", "transfer", "embedder", "bulk", "verify", "timing",
+    "__init__", "loading", "ladder", "tokenization", "batching", "transfer", "embedder", "bulk", "verify", "timing",
     "benchmarking", "info", "doctor", "demo", "tuning", "cli", *LATE,
 }  # fmt: skip
 #: Imported only inside functions, by whoever imports them.

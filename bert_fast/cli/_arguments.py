@@ -25,7 +25,8 @@ def training_options(extra: Sequence[str]) -> dict[str, Any]:
         def error(self, message: str) -> NoReturn:
             raise ValueError(message)
 
-    parser = Parser(TrainingArguments, add_help=False, allow_abbrev=False)
+    arguments: Any = TrainingArguments
+    parser = Parser(arguments, add_help=False, allow_abbrev=False)
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
     given, unknown = parser.parse_known_args([_spelled(word) for word in extra])

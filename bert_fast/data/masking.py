@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ IGNORED_LABEL = -100
 SCHEMES = ("subword", "whole_word", "ngram", "span", "entity")
 
 #: ALBERT: up to three words, with a probability of 1/n (Lan et al., 2019).
-NGRAM_SHARES = 1 / np.arange(1, 4)
+NGRAM_SHARES: NDArray[np.float64] = 1 / np.arange(1, 4, dtype=np.float64)
 #: SpanBERT: up to ten words, geometric with p = 0.2 (Joshi et al., 2019).
 SPAN_SHARES = 0.2 * 0.8 ** np.arange(10)
 
@@ -251,7 +252,7 @@ def choose(
     return chosen & candidates
 
 
-def _lengths(draws: NDArray[np.float64], shares: NDArray[np.float64]) -> list[int]:
+def _lengths(draws: NDArray[np.float64], shares: NDArray[Any]) -> list[int]:
     """1 to len(shares), with these probabilities."""
     cumulative = shares.cumsum() / shares.sum()
     return np.minimum(np.searchsorted(cumulative, draws, side="right") + 1, len(shares)).tolist()

@@ -16,15 +16,17 @@ _HOMES = {
     "PackingCollator": "bert_fast.training.batches",
     "Trainer": "bert_fast.training.trainer",
     "TrainingArguments": "bert_fast.training.arguments",
+    "kept_memory": "bert_fast.training.memory",
 }
 
-__all__ = ["CheckpointError", "MaskingCollator", "PackingCollator", "Trainer", "TrainingArguments"]
+__all__ = ["CheckpointError", "MaskingCollator", "PackingCollator", "Trainer", "TrainingArguments", "kept_memory"]
 
 if TYPE_CHECKING:
     from bert_fast.training.arguments import TrainingArguments
     from bert_fast.training.batches import PackingCollator
     from bert_fast.training.checkpoints import CheckpointError
     from bert_fast.training.masking import MaskingCollator
+    from bert_fast.training.memory import kept_memory
     from bert_fast.training.trainer import Trainer
 
 

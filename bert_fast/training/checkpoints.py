@@ -7,14 +7,9 @@ under a hidden name first. So a folder named `checkpoint-N` is whole, unless the
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import os
 import re
 import shutil
-import socket
-import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -22,8 +17,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from bert_fast.disk import checksum, sync
+
 MANIFEST = "manifest.json"
-LOCK = ".lock"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 #: What an interrupted save, or an interrupted pruning, leaves.
@@ -56,11 +52,11 @@ def defect(folder: Path) -> str | None:
         return f"it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read: {error!r}"
-    for name, (size, checksum) in expected.items():
+    for name, (size, digest) in expected.items():
         try:
             if (found := (folder / name).stat().st_size) != size:
                 return f"{name} has {found} bytes, expected {size}"
-            if _checksum(folder / name) != checksum:
+            if checksum(folder / name) != digest:
                 return f"the checksum of {name} is not that of the manifest"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
@@ -140,7 +136,7 @@ def staged(folder: Path, *, leader: bool = True, barrier: Callable[[], None] = l
             _sync_tree(staging)
             _remove(folder)
             staging.rename(folder)
-            _sync(folder.parent)
+            sync(folder.parent)
         barrier()
     except (OSError, RuntimeError, SafetensorError) as error:
         if leader:
@@ -169,77 +165,18 @@ def remove_leftovers(output_dir: Path) -> None:
             shutil.rmtree(path)
 
 
-@contextmanager
-def locked(output_dir: Path, patience: float = 20.0) -> Iterator[None]:
-    """Keep other runs out of a folder, until the end or the death of this process.
-
-    Args:
-        output_dir: made if it is not there.
-        patience: seconds to wait for the children of a holder that is dead: they inherit the lock.
-
-    Raises:
-        RuntimeError: another run has the folder; the message names its process.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                holder = os.pread(descriptor, 200, 0).decode(errors="replace")
-                if _is_alive(holder) or time.monotonic() > deadline:
-                    raise RuntimeError(
-                        f"another run has {output_dir} ({holder or 'of an unknown process'}); "
-                        "end it, or choose another output_dir"
-                    ) from None
-                time.sleep(0.2)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # of the children too, who may outlive the run: a DataLoader's workers
-        os.close(descriptor)
-
-
-def _is_alive(holder: str) -> bool:
-    """Whether the process that a lock names runs; one on another machine is taken to."""
-    match = re.fullmatch(r"process (\d+) on (.*)", holder)
-    if match is None:
-        return False
-    return match[2] != socket.gethostname() or Path(f"/proc/{match[1]}").exists()
-
-
 def _write_manifest(folder: Path) -> None:
     files = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": _checksum(path)}
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": checksum(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
 
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _sync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def _remove(folder: Path) -> None:

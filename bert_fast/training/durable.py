@@ -17,10 +17,11 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import nested_gather
 
-from bert_fast import loading
+from bert_fast import disk, loading
 from bert_fast.heads import Head
 from bert_fast.training import checkpoints
 from bert_fast.training.arguments import TrainingArguments
+from bert_fast.training.memory import kept_memory
 from bert_fast.training.signals import Termination
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class DurableTrainer(transformers.Trainer):
             checkpoint = self._claim(stack, wanted)
             self._signals.requested = self.terminating = False
             stack.enter_context(self._signals)
+            stack.enter_context(kept_memory())
             return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def _claim(self, stack: ExitStack, wanted: str | bool | None) -> str | None:
@@ -89,7 +91,7 @@ class DurableTrainer(transformers.Trainer):
         if self.is_world_process_zero():
             output_dir = Path(self._get_output_dir(trial=None))
             try:
-                stack.enter_context(checkpoints.locked(output_dir))
+                stack.enter_context(disk.locked(output_dir))
                 checkpoints.remove_leftovers(output_dir)
                 answer[0] = _checkpoint(output_dir, wanted)
             except Exception as error:  # whatever it is, the other processes must not wait for an answer

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from bert_fast import disk
 from bert_fast.modules import BertForQuestionAnswering, BertForSequenceClassification
 from bert_fast.training import checkpoints
 from bert_fast.training.arguments import TrainingArguments
@@ -287,18 +288,18 @@ def test_pruning_leaves_the_newest_and_the_best(tmp_path: Path) -> None:
 
 def test_a_lock_outlives_no_process(tmp_path: Path) -> None:
     """The file of a dead holder does not matter, nor what it says."""
-    (tmp_path / checkpoints.LOCK).write_text(f"process {os.getpid()} on nowhere")
+    (tmp_path / disk.LOCK).write_text(f"process {os.getpid()} on nowhere")
     taken = pytest.raises(RuntimeError, match=f"process {os.getpid()} on")
-    with checkpoints.locked(tmp_path), taken, checkpoints.locked(tmp_path):
+    with disk.locked(tmp_path), taken, disk.locked(tmp_path):
         pass
     ending, end = os.pipe()
-    with checkpoints.locked(tmp_path):
+    with disk.locked(tmp_path):
         child = os.fork()
         if not child:  # a worker that persists has the file open when the run is over
             os.close(end)
             os.read(ending, 1)
             os._exit(0)
-    with checkpoints.locked(tmp_path):
+    with disk.locked(tmp_path):
         pass
     os.close(end)
     os.close(ending)

@@ -1,0 +1,83 @@
+"""Work in several processes whose results come in the order of the work, whoever did it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+#: What `setup` gave in this process.
+_state: Any = None
+
+
+def in_order(
+    function: Callable[[Any, Any], Any],
+    items: Iterable[Any],
+    num_workers: int,
+    setup: Callable[..., Any],
+    *arguments: Any,
+) -> Iterator[tuple[Any, Any]]:
+    """Each item and its `function(state, item)`, in order.
+
+    At most two items a worker are ahead of the result that is waited for, so that memory does not grow with the items.
+
+    Args:
+        function: of a module, as `setup` is, for processes that are started afresh.
+        items: read in this process.
+        num_workers: 1 does everything in this process.
+        setup: `setup(*arguments)` is called once in each process, and gives the state.
+        *arguments: of `setup`.
+
+    Raises:
+        ChildProcessError: a worker was killed.
+    """
+    if num_workers == 1:
+        state = setup(*arguments)
+        yield from ((item, function(state, item)) for item in items)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks in whatever state they are
+    with ProcessPoolExecutor(num_workers, context, _begin, (setup, arguments)) as pool:
+        waiting: deque[tuple[Any, Future[Any]]] = deque()
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(_call, function, item)))
+                if len(waiting) > 2 * num_workers:
+                    yield _result(*waiting.popleft())
+            while waiting:
+                yield _result(*waiting.popleft())
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a worker process was killed, as the system does when memory runs out: use fewer workers"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin(setup: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    global _state
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and ends
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _state = setup(*arguments)
+
+
+def _die_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever: it holds both ends of the pipe."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _result(item: Any, future: Future[Any]) -> tuple[Any, Any]:
+    return item, future.result()
+
+
+def _call(function: Callable[[Any, Any], Any], item: Any) -> Any:
+    return function(_state, item)

@@ -1,0 +1,78 @@
+"""The words of a text as the tokenizer of a checkpoint sees them, and how often each is there."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import tokenizers
+
+if TYPE_CHECKING:
+    from bert_fast.tokenization import Tokenizer
+
+Item = TypeVar("Item")
+
+#: Seconds of reading after which a progress bar appears.
+PROGRESS_DELAY = 2.0
+
+
+def tokenizer_of(path_or_id: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint, a sentence-transformers folder, or a folder that has nothing else; Hub id; `demo`.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    from bert_fast.embedder import Recipe
+    from bert_fast.folders import resolve
+    from bert_fast.tokenization import Tokenizer
+
+    recipe = Recipe.read(resolve(path_or_id))
+    return Tokenizer.from_pretrained(recipe.transformer, lowercase=recipe.do_lower_case)
+
+
+def count_words(texts: Iterable[str], backend: tokenizers.Tokenizer) -> Counter[str]:
+    """How often each word is in the texts; memory grows with the number of different words only.
+
+    A word is what the tokenizer looks up in its vocabulary as one: normalised, cut at spaces and punctuation. Special
+    tokens that are spelled out in a text are words like any other.
+    """
+    chunks: Counter[str] = Counter()
+    for text in texts:
+        chunks.update(text.split(" "))  # no word reaches over a space, so each chunk is looked at once in the end
+    words: Counter[str] = Counter()
+    for chunk, count in chunks.items():
+        for word in split(chunk, backend):
+            words[word] += count
+    return words
+
+
+def split(text: str, backend: tokenizers.Tokenizer) -> list[str]:
+    """The words of a text, normalised."""
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    if backend.pre_tokenizer is None:
+        return text.split()
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def shown(texts: Iterable[Item], doing: str, show: bool | None = None) -> Iterator[Item]:
+    """The texts, with a progress bar over them: by default on a terminal, once it has lasted `PROGRESS_DELAY`.
+
+    Args:
+        texts: anything that can be iterated over.
+        doing: what the bar says, as "counting words".
+        show: whether there is a bar at all; None as above.
+    """
+    from tqdm import tqdm
+
+    wanted = is_terminal() if show is None else show
+    delay = PROGRESS_DELAY if show is None else 0.0
+    yield from tqdm(texts, desc=doing, unit=" lines", disable=not wanted, delay=delay)
+
+
+def is_terminal() -> bool:
+    """Whether somebody looks at stderr."""
+    return sys.stderr is not None and sys.stderr.isatty()

@@ -16,7 +16,7 @@ from bert_fast.data.counters import Uniforms
 from bert_fast.data.encoding import WORDS, Vocabulary
 from bert_fast.data.masking import SCHEMES, Masking
 from bert_fast.data.segments import OBJECTIVES, Segment, full_sentences, pairs
-from bert_fast.data.tokens import Corpus
+from bert_fast.data.corpus import Corpus
 
 MASKINGS = ("static", "dynamic")
 

@@ -1,219 +1,166 @@
-"""A corpus as tokens on the disk: written once, sentence after sentence, then read in any order.
-
-Three files of numbers: the tokens, where each sentence ends, and how many sentences there are up to the end of each
-document. What is written is committed in parts, by a small file that says how long the three are. After a crash what is
-beyond that is cut off, and the text before it is passed over.
-"""
+"""Words with a tag each: CoNLL's columns, and any file of rows."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from bert_fast.data.columns import Cells, as_list, find_columns, layouts_of
+from bert_fast.data.dataset import Columns, Dataset, Request
+from bert_fast.data.examples import Examples, TokensExample
+from bert_fast.data.tables import FORMATS, Table, format_of, open_table, read_lines
 
-from bert_fast.data.encoding import Encoded, Encoder
-from bert_fast.data.workers import in_order
-from bert_fast.disk import sync, written_at_once
-
-#: name -> type of its numbers.
-_FILES: dict[str, np.dtype[Any]] = {
-    "tokens": np.dtype("<i4"),
-    "sentences": np.dtype("<i8"),
-    "documents": np.dtype("<i8"),
-}
-_STATE = "tokens.json"
-
-#: Sentences, or characters, that are tokenized at a time.
-CHUNK, CHUNK_CHARACTERS = 2048, 1 << 20
+LAYOUTS: tuple[Columns, ...] = ({"words": "tokens"}, {"words": "words"})
+TARGETS = ("ner_tags", "tags", "labels")
+#: How CoNLL-2003 marks the beginning of a document.
+DOCUMENT = "-DOCSTART-"
+NO_WORDS = "no words"
 
 
-@dataclass
-class Counts:
-    """What a corpus holds.
+def read_tokens(request: Request, *, iob1: bool | None = None) -> Examples:
+    """The sentences of a file.
 
-    Attributes:
-        events: sentences and ends of documents that were read.
-        documents, sentences, tokens: those that have tokens.
-        empty_documents, empty_sentences: those of which no token is left; they are left out.
-        unknown: tokens that are [UNK].
-        finished: whether the text is at its end.
-    """
-
-    events: int = 0
-    documents: int = 0
-    sentences: int = 0
-    tokens: int = 0
-    empty_documents: int = 0
-    empty_sentences: int = 0
-    unknown: int = 0
-    finished: bool = False
-
-
-class Corpus:
-    """The documents of a folder that `write_corpus` wrote.
-
-    Attributes:
-        counts: what there is.
-        tokens: (num_tokens,) int32, as `Encoded` has them, mapped into memory.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.counts = _read_counts(folder)
-        self.tokens: NDArray[np.int32] = _mapped(folder, "tokens", self.counts.tokens)
-        self._sentences = _mapped(folder, "sentences", self.counts.sentences + 1)
-        self._documents = _mapped(folder, "documents", self.counts.documents + 1)
-
-    def __len__(self) -> int:
-        return self.counts.documents
-
-    def sentences(self, index: int) -> NDArray[np.int64]:
-        """See `segments.Documents`."""
-        return self._sentences[self._documents[index] : self._documents[index + 1] + 1]
-
-    def parts(self, num_tokens: int) -> list[tuple[int, int]]:
-        """Documents (first, last + 1) that have about `num_tokens` tokens together, one at least."""
-        parts, first = [], 0
-        while first < len(self):
-            low, high = first + 1, len(self)
-            while low < high:  # the first document at whose end there are enough
-                middle = (low + high) // 2
-                if self._end(middle) - self._end(first) >= num_tokens:
-                    high = middle
-                else:
-                    low = middle + 1
-            parts.append((first, low))
-            first = low
-        return parts
-
-    def num_tokens(self, first: int, last: int) -> int:
-        """Of these documents, `last` not included."""
-        return self._end(last) - self._end(first)
-
-    def _end(self, count: int) -> int:
-        """How many tokens the first documents have."""
-        return int(self._sentences[self._documents[count]])
-
-
-def write_corpus(
-    folder: Path,
-    sentences: Iterable[str],
-    encoder: Callable[[], Encoder],
-    unk_token_id: int,
-    *,
-    num_workers: int,
-    part: int,
-) -> Iterator[int]:
-    """Tokenize a text, or go on where that was interrupted; yields how many sentences were read, now and then.
+    A file of rows (csv, jsonl, json, parquet, and tsv with a line of names) has a row for each sentence: lists, as JSON
+    or with spaces between the words. Any other file is CoNLL's: a line for each word, columns with a tab or spaces
+    between them, an empty line after each sentence.
 
     Args:
-        folder: which is there; only this process writes into it.
-        sentences: an empty string is the end of a document.
-        encoder: makes one, in each worker.
-        unk_token_id: of [UNK], to be counted.
-        num_workers: processes.
-        part: tokens after which what was written is committed.
+        request: roles are `words`, `tags`, `id`; of CoNLL's columns their numbers, the first (0) and the last (-1) when
+            not given.
+        iob1: whether tags are IOB1 and become IOB2; when not given, CoNLL-2003's and those of files `eng.*` do.
 
     Raises:
-        OSError: a file cannot be written; what was committed stays.
-        What reading the sentences raises.
+        ValueError: a line has another number of columns than the first, a sentence another number of tags than words,
+            or a tag is none of the data set's; the message has the number of the line.
     """
-    counts = _read_counts(folder)
-    if counts.finished:
-        return
-    with (
-        _opened(folder, "tokens", counts.tokens) as tokens,
-        _opened(folder, "sentences", counts.sentences + 1) as ends,
-        _opened(folder, "documents", counts.documents + 1) as documents,
-    ):
-        files = (tokens, ends, documents)
-        # Sentences of a document that was cut through by a commit.
-        open_sentences = counts.sentences - int(_mapped(folder, "documents", counts.documents + 1)[-1])
-        committed = counts.tokens
-        events = islice(sentences, counts.events, None)
-        for chunk, encoded in in_order(_encode, _chunks(events), num_workers, encoder):
-            open_sentences = _append(chunk, encoded, counts, open_sentences, files)
-            counts.unknown += int(np.isin(encoded.tokens, (unk_token_id, -1 - unk_token_id)).sum())
-            counts.events += len(chunk)
-            if counts.tokens - committed >= part:
-                _commit(folder, files, counts)
-                committed = counts.tokens
-            yield len(chunk)
-        counts.finished = True
-        _commit(folder, files, counts)
+    table = _table(request)
+    if iob1 is None:
+        iob1 = request.path.name.startswith("eng.") or (request.dataset is not None and table is None)
+    return _from_columns(request, iob1) if table is None else _from_table(table, request, iob1)
 
 
-def _append(
-    chunk: list[str], encoded: Encoded, counts: Counts, open_sentences: int, files: tuple[IO[bytes], ...]
-) -> int:
-    """Write a chunk; returns how many sentences its last document has, if that goes on."""
-    ends, documents = [], []
-    for sentence, length in zip(chunk, encoded.lengths.tolist(), strict=True):
-        if length:
-            counts.tokens += length
-            counts.sentences += 1
-            open_sentences += 1
-            ends.append(counts.tokens)
-        elif sentence:
-            counts.empty_sentences += 1
-        elif open_sentences:
-            counts.documents += 1
-            documents.append(counts.sentences)
-            open_sentences = 0
+def iob1_to_iob2(tags: Sequence[str]) -> tuple[str, ...]:
+    """The same entities, with B- at the first word of each (IOB2) and not only between two of one type (IOB1)."""
+    converted, before = [], "O"
+    for tag in tags:
+        inside = tag.startswith("I-") and before[:2] in ("B-", "I-") and before[2:] == tag[2:]
+        converted.append(f"B-{tag[2:]}" if tag.startswith("I-") and not inside else tag)
+        before = tag
+    return tuple(converted)
+
+
+def _table(request: Request) -> Table | None:
+    """The file's rows, if it is not CoNLL's."""
+    suffix = Path(request.path.name.lower().removesuffix(".gz")).suffix.removeprefix(".")
+    if suffix not in (*FORMATS, "ndjson"):
+        return None
+    if format_of(request.path) == "tsv":
+        names = next(read_lines(request.path), "").rstrip("\r\n").split("\t")
+        words = (*(layout["words"] for layout in LAYOUTS), request.columns.get("words", ""))
+        if not any(name and name in names for name in words):
+            return None
+    return open_table(request.path)
+
+
+def _from_table(table: Table, request: Request, iob1: bool) -> Examples:
+    layouts, targets = layouts_of(request.dataset, "tags") if request.dataset else (LAYOUTS, TARGETS)
+    cells = Cells(table, find_columns(table, request, layouts, "tags", (*targets, *TARGETS)))
+    examples = []
+    for number, name, row in cells.rows():
+        words = cells.texts(row, "words", number)
+        tags = _listed(cells, row, number, request.dataset)
+        if tags is None and request.labelled:
+            raise cells.wrong("tags", number, None, "a list of tags")
+        if tags is not None and len(tags) != len(words):
+            raise ValueError(f"{table.where(number)} has {len(words)} words and {len(tags)} tags")
+        if not words:
+            table.skipped[NO_WORDS] += 1
+            continue
+        examples.append(_example(name, words, tags, iob1, request.dataset, table.where(number)))
+    return Examples(tuple(examples), dict(table.skipped))
+
+
+def _listed(cells: Cells, row: Any, number: int, dataset: Dataset | None) -> tuple[str, ...] | None:
+    """The tags of a row, as texts; a data set's may be numbers of its labels."""
+    value = as_list(cells.get(row, "tags", number))
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return tuple(value.split())
+    names = dataset.labels if dataset else ()
+    tags = []
+    for tag in value if isinstance(value, list) else [None]:
+        if isinstance(tag, int) and not isinstance(tag, bool):
+            tags.append(names[tag] if 0 <= tag < len(names) else str(tag))
+        elif isinstance(tag, str):
+            tags.append(tag)
         else:
-            counts.empty_documents += 1
-    for file, numbers, kind in zip(files, (encoded.tokens, ends, documents), _FILES.values(), strict=True):
-        file.write(np.asarray(numbers, kind).tobytes())
-    return open_sentences
+            raise cells.wrong("tags", number, value, "a list of tags")
+    return tuple(tags)
 
 
-def _chunks(events: Iterable[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    characters = 0
-    for event in events:
-        chunk.append(event)
-        characters += len(event)
-        if len(chunk) == CHUNK or characters >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
+def _from_columns(request: Request, iob1: bool) -> Examples:
+    examples: list[TokensExample] = []
+    for first, rows in _sentences(request.path):
+        where = f"{request.path}, line {first}"
+        width = len(rows[0])
+        words = tuple(row[_column(request, "words", 0, width)] for row in rows)
+        tags = None
+        if request.labelled is not False and (width > 1 or request.labelled):
+            if width < 2:
+                raise ValueError(f"{where} has one column, expected a word and its tag")
+            tags = tuple(row[_column(request, "tags", -1, width)] for row in rows)
+        examples.append(_example(str(len(examples)), words, tags, iob1, request.dataset, where))
+    return Examples(tuple(examples), {})
 
 
-def _encode(encoder: Encoder, chunk: list[str]) -> Encoded:
-    return encoder(chunk)
+def _sentences(path: Path) -> Iterator[tuple[int, list[list[str]]]]:
+    """(number of its first line, its lines cut in columns) of each sentence."""
+    first = 0
+    rows: list[list[str]] = []
+    separator, width = "", 0
+    number = 0
+    for number, line in enumerate(read_lines(path), 1):
+        line = line.rstrip("\r\n")
+        if not line.strip() or line.startswith(DOCUMENT):
+            if rows:
+                yield first, rows
+            rows = []
+            continue
+        if not width:
+            separator = "\t" if "\t" in line else " "
+        row = line.split("\t") if separator == "\t" else [part for part in line.split(" ") if part]
+        width = width or len(row)
+        if len(row) != width:
+            raise ValueError(
+                f"{path}, line {number} has {len(row)} columns, expected {width} as the lines before it have"
+            )
+        first = first if rows else number
+        rows.append(row)
+    if rows:
+        yield first, rows
+    if not number:
+        raise ValueError(f"{path} is empty")
 
 
-def _read_counts(folder: Path) -> Counts:
-    path = folder / _STATE
-    return Counts(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else Counts()
+def _column(request: Request, role: str, usual: int, width: int) -> int:
+    given = request.columns.get(role, str(usual))
+    try:
+        column = int(given)
+    except ValueError:
+        raise ValueError(f"{request.path} has columns without names; {role}={given!r} should be a number") from None
+    if not -width <= column < width:
+        raise ValueError(f"{request.path} has no column {column} for {role}; it has {width}, from 0")
+    return column
 
 
-def _commit(folder: Path, files: tuple[IO[bytes], ...], counts: Counts) -> None:
-    for file in files:
-        file.flush()
-        os.fsync(file.fileno())
-    with written_at_once(folder / _STATE) as state:
-        state.write(json.dumps(asdict(counts)).encode())
-    sync(folder)
-
-
-def _opened(folder: Path, name: str, size: int) -> IO[bytes]:
-    """A file to append to, cut to `size` numbers. A new one of 1 is 0, where the first sentence or document begins."""
-    path, kind = folder / f"{name}.bin", _FILES[name]
-    file = path.open("r+b" if path.exists() else "w+b")
-    file.truncate(size * kind.itemsize)
-    file.seek(0, 2)
-    return file
-
-
-def _mapped(folder: Path, name: str, size: int) -> NDArray[Any]:
-    if not size:
-        return np.zeros(0, _FILES[name])
-    return np.memmap(folder / f"{name}.bin", _FILES[name], "r", shape=(size,))
+def _example(
+    name: str, words: tuple[str, ...], tags: tuple[str, ...] | None, iob1: bool, dataset: Dataset | None, where: str
+) -> TokensExample:
+    if tags is not None and iob1:
+        tags = iob1_to_iob2(tags)
+    for tag in tags or () if dataset else ():
+        if dataset and tag not in dataset.labels:
+            raise ValueError(f"{where}: the tag {tag!r} is none of: {', '.join(dataset.labels)}")
+    return TokensExample(name, words, tags)

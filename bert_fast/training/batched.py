@@ -179,7 +179,7 @@ class BatchedTrainer(DurableTrainer):
 
 
 def _lengths(examples: Any) -> Any:
-    """Tokens of each example: what the data set says itself, as `bert_fast.data.dataset` does, or of all of them."""
+    """Tokens of each example: what the data set says itself, as `bert_fast.data.pretraining` does, or of all of them."""
     if hasattr(examples, "lengths"):
         return examples.lengths
     return [len(examples[index]["input_ids"]) for index in range(len(examples))]

@@ -48,7 +48,8 @@ format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp')
 
-# The environment, in three steps, each done once.
+# The environment, in three steps, each done once. The extension is compiled once, by `extension`, and not by each pip.
+INSTALL := BERT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable
 .venv/base: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
@@ -56,15 +57,15 @@ format: .venv/dev
 	@touch $@
 
 .venv/demo: .venv/base
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo]"
+	$(INSTALL) ".[demo]"
 	@touch $@
 
 .venv/dev: .venv/base
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(INSTALL) ".[dev]"
 	@touch $@
 
 .venv/bench: .venv/base
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[bench]"
+	$(INSTALL) ".[bench]"
 	@touch $@
 
 # Incremental: only what changed is compiled.

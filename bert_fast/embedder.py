@@ -306,7 +306,7 @@ class Embedder:
         prompt_length = 0
         if before and not self.recipe.include_prompt:
             prompt_length = int(self.tokenizer([before]).lengths[0]) - 1  # without its [SEP]
-        token_budget = self._token_budget(batch_size)
+        tokens_of_a_run = token_budget(self.device, batch_size)
 
         def tokenize(chunk: list[str]) -> TokenBatch:
             return self.tokenizer([before + text for text in chunk] if before else chunk, self.max_seq_length)
@@ -319,7 +319,7 @@ class Embedder:
 
         def stream() -> Iterator[tuple[TokenBatch, Tensor]]:
             for tokens in map_ahead(tokenize, chunked):
-                batches = plan_batches(tokens.lengths, token_budget)
+                batches = plan_batches(tokens.lengths, tokens_of_a_run)
                 if len(batches) == 1:
                     yield tokens, run(tokens)
                     continue
@@ -346,15 +346,6 @@ class Embedder:
         vectors = torch.cat(pooled, dim=1)
         return F.normalize(vectors, dim=1) if self.recipe.normalize else vectors
 
-    def _token_budget(self, batch_size: int) -> int:
-        """Tokens of a run of the model, about; ValueError for a batch size below 1."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-        if self.device.type != "cpu":
-            return GPU_TOKENS * batch_size // DEFAULT_BATCH_SIZE
-        tokens = max(CPU_TOKENS, CPU_TOKENS_PER_THREAD * torch.get_num_threads())
-        return tokens * min(batch_size, DEFAULT_BATCH_SIZE) // DEFAULT_BATCH_SIZE
-
     def prompt(self, prompt: str | None = None, prompt_name: str | None = None) -> str:
         """The text to put before every sentence; ValueError, with the names there are, for an unknown name."""
         prompts = self.recipe.prompts
@@ -376,6 +367,16 @@ def _iterable(sentences: Any) -> Iterable[str]:
     if isinstance(sentences, str) or not isinstance(sentences, Iterable) or getattr(sentences, "shape", None) == ():
         raise ValueError(f"sentences is a {type(sentences).__name__}, expected a str or an iterable of them")
     return sentences
+
+
+def token_budget(device: torch.device, batch_size: int = DEFAULT_BATCH_SIZE) -> int:
+    """Tokens of a run of a model, about; ValueError for a batch size below 1."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    if device.type != "cpu":
+        return GPU_TOKENS * batch_size // DEFAULT_BATCH_SIZE
+    tokens = max(CPU_TOKENS, CPU_TOKENS_PER_THREAD * torch.get_num_threads())
+    return tokens * min(batch_size, DEFAULT_BATCH_SIZE) // DEFAULT_BATCH_SIZE
 
 
 def progress_bar(total: int | None, show: bool | None = None) -> Any:

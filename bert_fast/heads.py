@@ -367,7 +367,10 @@ class BertForMultipleChoice(_Classifier):
 
 
 class BertForQuestionAnswering(Head):
-    """The span that answers: `start_positions` and `end_positions` (batch_size,); one past the text is ignored."""
+    """The span that answers: `start_positions` and `end_positions` (batch_size,); one past the text is ignored.
+
+    In a packed batch there is one of each for every text, and they count from its first token.
+    """
 
     pooled = False
     other_labels: tuple[str, ...] = ("start_positions", "end_positions")
@@ -381,12 +384,14 @@ class BertForQuestionAnswering(Head):
         self, encoded: Encoded, labels: Tensor | None, divisor: float | None = None, **targets: Tensor | None
     ) -> QuestionAnsweringOutput:
         """start_logits and end_logits (batch_size, seq_len)."""
-        start, end = (logits.contiguous() for logits in encoded.pad(self.qa_outputs(encoded.rows)).unbind(-1))
+        spans = encoded.pad(self.qa_outputs(encoded.rows))
+        start, end = (logits.contiguous() for logits in spans.unbind(-1))
         starts, ends, loss = targets["start_positions"], targets["end_positions"], None
         if starts is not None and ends is not None:
+            texts, keep = (spans, encoded.keep) if encoded.cu_seqlens is None else _texts(spans, encoded.cu_seqlens)
             losses = [
-                self.span_loss(logits, positions, encoded.keep, divisor)
-                for logits, positions in ((start, starts), (end, ends))
+                self.span_loss(logits, positions, keep, divisor)
+                for logits, positions in zip(texts.unbind(-1), (starts, ends), strict=True)
             ]
             loss = (losses[0] + losses[1]) / 2
         return QuestionAnsweringOutput(loss, start, end, encoded.hidden_states, encoded.attentions)
@@ -398,8 +403,7 @@ class BertForQuestionAnswering(Head):
         """
         if positions.numel() != logits.shape[0]:
             raise ValueError(
-                f"there are {positions.numel()} start_positions or end_positions for {logits.shape[0]} rows of the "
-                "batch, which must be one text each: a packed batch gives logits, but no loss"
+                f"there are {positions.numel()} start_positions or end_positions for {logits.shape[0]} texts"
             )
         ignored = seq_len = logits.shape[1]
         positions = positions.reshape(-1).clamp(0, seq_len)
@@ -409,3 +413,13 @@ class BertForQuestionAnswering(Head):
             logits = logits.masked_fill(~keep, torch.finfo(logits.dtype).min)
         count = (positions != ignored).sum().clamp(min=1) if divisor is None else divisor
         return F.cross_entropy(logits, positions, ignore_index=ignored, reduction="sum") / count
+
+
+def _texts(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The texts of a packed batch (1, num_tokens, ...) as (batch_size, longest, ...), and which tokens there are."""
+    lengths = cu_seqlens.diff()
+    columns = torch.arange(int(lengths.max()) if lengths.numel() else 0, device=packed.device)
+    keep = columns < lengths[:, None]
+    texts = packed.new_zeros((*keep.shape, *packed.shape[2:]))
+    texts[keep] = packed[0]
+    return texts, keep

@@ -116,6 +116,7 @@ def from_pretrained(
     path_or_id: str | Path,
     head: str | None = None,
     *,
+    config: Mapping[str, Any] | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     allow_pickle: bool = False,
@@ -128,6 +129,8 @@ def from_pretrained(
         path_or_id: a folder, a Hub id or `demo`, as `resolve` takes it.
         head: None for the `BertModel` alone, or a name of `bert_fast.modules.HEADS`. What the checkpoint lacks of a
             head is initialised afresh, with a warning that lists it.
+        config: fields of `config.json` in place of the checkpoint's, as `id2label` or `hidden_dropout_prob`. A
+            classifier of another number of labels than these then starts afresh, too, with a warning.
         dtype: of the parameters; None keeps the checkpoint's own.
         device: where they go; None for the CPU.
         allow_pickle: also read a `pytorch_model.bin`, with `weights_only=True`.
@@ -145,7 +148,13 @@ def from_pretrained(
         raise ValueError(f"head is {head!r}, expected None or one of {', '.join(str(h) for h in HEADS if h)}")
     folder = resolve(path_or_id, revision=revision, local_files_only=local_files_only, allow_pickle=allow_pickle)
     state = read_state_dict(folder, allow_pickle=allow_pickle)
-    return build(HEADS[head], read_config(folder), state, dtype=dtype, device=device)
+    fields = replaced(read_config(folder), config or {})
+    return build(HEADS[head], fields, state, dtype=dtype, device=device, new_classifier=config is not None)
+
+
+def replaced(config: BertConfig, fields: Mapping[str, Any]) -> BertConfig:
+    """The config with other values of these fields, or with these besides; ValueError for an impossible value."""
+    return BertConfig.from_dict({**config.to_dict(), **fields})
 
 
 def build(
@@ -155,11 +164,13 @@ def build(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    new_classifier: bool = False,
 ) -> Model:
     """A model of `bert_fast.modules` or `bert_fast.reference` with a copy of the weights `state`, in evaluation mode.
 
     Names may be those of an older checkpoint (`LayerNorm.gamma`, `position_ids`) or of another model over the same
-    encoder: `bert.` or `electra.` is put on or taken off.
+    encoder: `bert.` or `electra.` is put on or taken off. With `new_classifier`, one that has another number of labels
+    than `config` is left out, with a warning.
 
     Raises:
         ValueError: the encoder's weights are not all there, or one has another shape or is not floating point.
@@ -172,6 +183,8 @@ def build(
     with torch.device("meta"):
         model = model_class(config, **options)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    if new_classifier:
+        state = _without_other_classifier(state, parameters)
     _report_unused(state, parameters, model_class.__name__)
     fresh = _missing(state, parameters, model_class.__name__)
     dtype = _common_dtype({name: state[name] for name in parameters if name in state}, _parse_dtype(dtype))
@@ -207,6 +220,16 @@ def _renamed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
             name = f"{prefix}{name}"
         renamed[name] = tensor
     return renamed
+
+
+def _without_other_classifier(state: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The weights without a classifier of another number of labels."""
+    name = "classifier.weight"
+    if name not in state or name not in parameters or state[name].shape == parameters[name].shape:
+        return state
+    had, has = state[name].shape[0], parameters[name].shape[0]
+    warnings.warn(f"the checkpoint's classifier has {had} outputs, but {has} are wanted: it is left out", stacklevel=4)
+    return {key: tensor for key, tensor in state.items() if not key.startswith("classifier.")}
 
 
 def _tied(parameters: dict[str, nn.Parameter]) -> list[list[str]]:

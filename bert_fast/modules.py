@@ -160,6 +160,7 @@ class BertModel(Pretrained, reference.BertModel):
             pad=padding.pad,
             keep=None if inputs.attention_mask is None else inputs.attention_mask != 0,
             pooler_output=None if self.pooler is None else self.pooler(first),
+            cu_seqlens=inputs.cu_seq_lens_q,
             hidden_states=None if hidden_states is None else tuple(padding.pad(state) for state in hidden_states),
         )
 

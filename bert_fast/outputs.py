@@ -79,6 +79,7 @@ class Encoded:
         pad: brings anything per row, (..., features), to the caller's (batch_size, seq_len, features).
         keep: (batch_size, seq_len) bool, True where a token is; None where all are.
         pooler_output: (batch_size, hidden_size), or None without a pooler.
+        cu_seqlens: (num_texts + 1,), where the texts of a packed batch start; None for a padded one.
         hidden_states, attentions: as asked for, in the caller's shape.
     """
 
@@ -86,5 +87,6 @@ class Encoded:
     pad: Callable[[Tensor], Tensor]
     keep: Tensor | None = None
     pooler_output: Tensor | None = None
+    cu_seqlens: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None

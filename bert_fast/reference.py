@@ -211,6 +211,7 @@ class BertModel(nn.Module):
             pad=lambda rows: rows,
             keep=batch.mask,
             pooler_output=None if self.pooler is None else self.pooler(batch.first_tokens(hidden)),
+            cu_seqlens=inputs.cu_seq_lens_q,
             hidden_states=tuple(hidden_states) if inputs.output_hidden_states else None,
             attentions=tuple(attentions) if inputs.output_attentions else None,
         )

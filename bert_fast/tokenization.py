@@ -183,25 +183,80 @@ class Tokenizer:
         if isinstance(texts, str):
             raise ValueError("texts is one str, expected a sequence of them")
         inputs = [_checked(index, text) for index, text in enumerate(texts)]
-        backend = self.backend
-        limits = [limit for limit in (max_length, self.model_max_length) if limit is not None]
-        if limits:
-            special = backend.num_special_tokens_to_add(any(isinstance(text, tuple) for text in inputs))
-            if min(limits) <= special:
-                raise ValueError(f"max_length is {min(limits)}, expected more than the {special} special tokens")
-            backend = self._truncating(min(limits))
+        limit = self._limit(max_length, pairs=any(isinstance(text, tuple) for text in inputs))
+        backend = self.backend if limit is None else self._truncating(limit)
         encodings: list[Any] = backend.encode_batch_fast(inputs)
         if self._ladder is not None:
-            encodings = self._ladder.climb(inputs, encodings, min(limits, default=None))
-        lengths = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(encodings))
-        total = int(lengths.sum())
-        return TokenBatch(
-            input_ids=np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, total),
-            token_type_ids=np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.int64, total),
-            lengths=lengths,
-            truncated=np.fromiter((bool(encoding.overflowing) for encoding in encodings), np.bool_, len(encodings)),
-            unk_token_id=self.unk_token_id,
-        )
+            encodings = self._ladder.climb(inputs, encodings, limit)
+        return _batch(encodings, self.unk_token_id)
+
+    def encode_words(
+        self, texts: Sequence[Sequence[str]], max_length: int | None = None
+    ) -> tuple[TokenBatch, NDArray[np.int64]]:
+        """Tokenize texts that are given as words, and say which word each token is of.
+
+        Args:
+            texts: the words of each text. A word may have no token at all, as one of control characters.
+            max_length: as for `__call__`.
+
+        Returns:
+            The tokens, and (num_tokens,) int64, the number of the word in its text, -1 for a special token.
+
+        Raises:
+            ValueError: a word is not a string (the message gives the text's index and its type), `max_length` leaves no
+                room, or the tokenizer has a ladder for unknown words, which reads texts.
+        """
+        if self._ladder is not None:
+            raise ValueError("a tokenizer with unknown= or entities= does not take texts as words")
+        inputs = []
+        for index, words in enumerate(texts):
+            if wrong := [word for word in words if not isinstance(word, str)]:
+                raise ValueError(f"texts[{index}] has a word that is a {type(wrong[0]).__name__}, expected a str")
+            inputs.append([_encodable(word) for word in words])
+        limit = self._limit(max_length, pairs=False)
+        backend = self.backend if limit is None else self._truncating(limit)
+        encodings = backend.encode_batch(inputs, is_pretokenized=True)
+        batch = _batch(encodings, self.unk_token_id)
+        numbers = chain.from_iterable(encoding.word_ids for encoding in encodings)
+        return batch, np.fromiter((-1 if n is None else n for n in numbers), np.int64, len(batch.input_ids))
+
+    def encode_offsets(self, texts: Sequence[str]) -> tuple[TokenBatch, NDArray[np.int64]]:
+        """Tokenize whole texts without special tokens, and say which characters each token is of.
+
+        Returns:
+            The tokens, and (num_tokens, 2) int64: token i is characters `offsets[i, 0]` to `offsets[i, 1]` of its text.
+
+        Raises:
+            ValueError: a text is not a string (the message gives its index and type), or the tokenizer has a ladder for
+                unknown words, whose tokens are of no characters.
+        """
+        if self._ladder is not None:
+            raise ValueError("a tokenizer with unknown= or entities= has no offsets")
+        inputs = [_checked(index, text) for index, text in enumerate(texts)]
+        encodings = self.backend.encode_batch(inputs, add_special_tokens=False)
+        batch = _batch(encodings, self.unk_token_id)
+        offsets = chain.from_iterable(chain.from_iterable(encoding.offsets for encoding in encodings))
+        return batch, np.fromiter(offsets, np.int64, 2 * len(batch.input_ids)).reshape(-1, 2)
+
+    def _limit(self, max_length: int | None, pairs: bool) -> int | None:
+        """The most tokens of a text; ValueError if they leave no room beside the special ones."""
+        limits = [limit for limit in (max_length, self.model_max_length) if limit is not None]
+        special = self.backend.num_special_tokens_to_add(pairs)
+        if limits and min(limits) <= special:
+            raise ValueError(f"max_length is {min(limits)}, expected more than the {special} special tokens")
+        return min(limits, default=None)
+
+
+def _batch(encodings: Sequence[Any], unk_token_id: int | None) -> TokenBatch:
+    lengths = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(encodings))
+    total = int(lengths.sum())
+    return TokenBatch(
+        input_ids=np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, total),
+        token_type_ids=np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.int64, total),
+        lengths=lengths,
+        truncated=np.fromiter((bool(encoding.overflowing) for encoding in encodings), np.bool_, len(encodings)),
+        unk_token_id=unk_token_id,
+    )
 
 
 def _clone(backend: tokenizers.Tokenizer, max_length: int | None) -> tokenizers.Tokenizer:

@@ -34,8 +34,8 @@ ALLOWED = {
 }
 #: These may import everything above them, and of each other what stands here.
 LATE = {
-    "data": set(), "vocabulary": set(), "tasks": {"data"}, "training": {"data"},
-    "recipes": {"data", "tasks", "training"},
+    "data": set(), "vocabulary": set(), "tasks": {"data", "training"}, "training": {"data"},
+    "recipes": {"data", "tasks", "training", "vocabulary"},
 }  # fmt: skip
 ABOVE = {
     "__init__", "loading", "ladder", "tokenization", "batching", "transfer", "embedder", "bulk", "verify", "timing",

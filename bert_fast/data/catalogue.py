@@ -6,7 +6,7 @@ Labels stand in the order of the ids of published checkpoints, which is that of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -285,8 +285,27 @@ def _in_folder(dataset: Dataset | None, folder: Path, split: str) -> Path:
     names = dataset.splits.get(split)
     if names is None:
         raise ValueError(f"{dataset.name} has no split {split!r}; it has: {', '.join(dataset.splits)}")
-    for name in names:
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.exists():
-                return path
-    raise ValueError(f"{folder} has no file of the split {split!r} of {dataset.name}; looked for: {', '.join(names)}")
+    if (path := _found(names, folder)) is None:
+        looked_for = ", ".join(names)
+        raise ValueError(f"{folder} has no file of the split {split!r} of {dataset.name}; looked for: {looked_for}")
+    return path
+
+
+def _found(names: Iterable[str], folder: Path) -> Path | None:
+    paths = (path for name in names for path in (folder / name, folder / f"{name}.gz"))
+    return next((path for path in paths if path.exists()), None)
+
+
+def splits_in(name: str, folder: str | Path) -> tuple[str, ...]:
+    """The splits of a data set whose files are in a folder.
+
+    Raises:
+        ValueError: `name` is no data set, or the folder is not there or has nothing of it.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"{name} is no data set that has a folder; there are: {', '.join(DATASETS)}")
+    found = tuple(split for split, names in DATASETS[name].splits.items() if _found(names, Path(folder)))
+    if not found:
+        names = [name for names in DATASETS[name].splits.values() for name in names]
+        raise ValueError(f"{folder} is no folder with a file of {name}; looked for: {', '.join(names)}")
+    return found

@@ -17,7 +17,7 @@ from bert_fast.data.tables import load_json, open_table
 
 ALIASES = {"negative": "neg", "positive": "pos"}
 WORD_INDEX = "imdb_word_index.json"
-#: What Keras' `load_data` puts before each review, and in the place of a word that it leaves out; how far it moves ranks.
+#: What Keras' `load_data` puts before a review, and in the place of a word that it leaves out; how far it moves ranks.
 START, UNKNOWN, INDEX_FROM = 1, 2, 3
 
 

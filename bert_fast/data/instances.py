@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bert_fast.data.corpus import Corpus
 from bert_fast.data.counters import Uniforms
 from bert_fast.data.encoding import WORDS, Vocabulary
 from bert_fast.data.masking import SCHEMES, Masking
 from bert_fast.data.segments import OBJECTIVES, Segment, full_sentences, pairs
-from bert_fast.data.corpus import Corpus
 
 MASKINGS = ("static", "dynamic")
 

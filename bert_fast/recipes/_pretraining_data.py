@@ -80,6 +80,12 @@ class Corpus:
     options: dict[str, Any]
 
 
+def holds_out(settings: PretrainSettings) -> bool:
+    """Whether the run has texts that it is judged by. Shards are not split: see `read_corpus`."""
+    is_split = settings.validation_split_percentage > 0 and not _is_shards(settings.train_file)
+    return settings.validation_file is not None or is_split
+
+
 def read_corpus(settings: PretrainSettings, phases: Sequence[Phase], tokenizer: Path, vocabulary: Vocabulary) -> Corpus:
     """Open the shards of all phases; make them below `output_dir/data` where text was given.
 
@@ -96,7 +102,7 @@ def read_corpus(settings: PretrainSettings, phases: Sequence[Phase], tokenizer: 
     sources = {phase.train_file or settings.train_file for phase in phases}
     texts = {source: [source] for source in sources if not _is_shards(source)}
     validation = None if settings.validation_file is None else [settings.validation_file]
-    if validation is None and split and settings.train_file in texts:
+    if validation is None and holds_out(settings):
         held_out = data / "validation.txt"
         _split(settings, texts, data, held_out)
         validation = [str(held_out)]
@@ -142,11 +148,12 @@ def _is_shards(source: str) -> bool:
 def _split(settings: PretrainSettings, texts: dict[str, list[str]], data: Path, held_out: Path) -> None:
     """Divide the text of the run by documents into two files, of which `texts` names the one to train on."""
     source, part = settings.train_file, settings.validation_split_percentage
-    options = {"text_field": settings.text_field, "split_sentences": settings.split_sentences}
     counts = [0, 0]
     data.mkdir(parents=True, exist_ok=True)
     with disk.written_at_once(data / "train.txt") as train, disk.written_at_once(held_out) as validation:
-        for document in filter(None, read_documents([source], **options)):
+        for document in filter(None, read_documents(
+            [source], text_field=settings.text_field, split_sentences=settings.split_sentences
+        )):
             number = sum(counts)
             to_validation = int((number + 1) * part / 100) > int(number * part / 100)
             counts[to_validation] += 1
@@ -155,8 +162,8 @@ def _split(settings: PretrainSettings, texts: dict[str, list[str]], data: Path, 
         raise ValueError(f"{source} holds no text to pre-train on: {len(find_files([source]))} files, all empty")
     if 0 in counts:
         raise ValueError(
-            f"{source} has {sum(counts)} documents, of which {part} percent cannot be held out: put blank lines between "
-            "documents, give a validation_file, or a validation_split_percentage of 0"
+            f"{source} has {sum(counts)} documents, of which {part} percent cannot be held out: put blank lines "
+            "between documents, give a validation_file, or a validation_split_percentage of 0"
         )
     texts[source] = [str(data / "train.txt")]
 

@@ -1,4 +1,4 @@
-"""The model that is pre-trained: from scratch by the name of a shape, or the one of a checkpoint; and how it is saved."""
+"""The model that is pre-trained: a fresh one of some shape, or the one of a checkpoint; and how it is saved."""
 
 from __future__ import annotations
 
@@ -46,10 +46,7 @@ def make_model(settings: PretrainSettings, vocabulary: Vocabulary) -> Any:
     Raises:
         ValueError: the shape is not known, the checkpoint is not right, or its embeddings do not fit the vocabulary.
     """
-    if settings.model_name_or_path is not None:
-        model = _continued(settings)
-    else:
-        model = _fresh(settings, vocabulary)
+    model = _fresh(settings, vocabulary) if settings.model_name_or_path is None else _continued(settings)
     if isinstance(model, heads.BertForPreTraining):
         model.next_sentence_weight = settings.nsp_weight
     if isinstance(model, ElectraPretraining):
@@ -152,12 +149,12 @@ def save(model: Any, tokenizer: Path, output_dir: Path) -> None:
 
     Of ELECTRA the discriminator is what the folder holds, and the generator with its tokenizer the one in `generator`.
     """
+    folders = [output_dir]
     if isinstance(model, ElectraPretraining):
         model.save_pretrained(output_dir)
-        folders = (output_dir, output_dir / "generator")
+        folders.append(output_dir / "generator")
     else:
         loading.save_pretrained(model, output_dir)
-        folders = (output_dir,)
     for folder in folders:
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file() and (tokenizer / name).resolve() != (folder / name).resolve():

@@ -69,15 +69,16 @@ class PretrainingTrainer(Trainer):
                 )
                 for texts, (budget, most) in zip(self.phases, self.budgets, strict=True)
             ]
-            self._sampler = samplers[0]
-            if len(samplers) > 1:
-                self._sampler = PhasedSampler(samplers, self.steps, args.gradient_accumulation_steps)
+            phased = len(samplers) > 1
+            self._sampler = (
+                PhasedSampler(samplers, self.steps, args.gradient_accumulation_steps) if phased else samplers[0]
+            )
         return self._sampler
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The scores of the texts that are held out, as `held_out.held_out_scores` names them; all processes share them.
+        """Scores of the texts that are held out, as `held_out.held_out_scores` names them; processes share the work.
 
         Raises:
             ValueError: there are no such texts.

@@ -1,4 +1,4 @@
-"""What a model that is being pre-trained knows of texts it has not seen: perplexity, and accuracy of the second task."""
+"""What a model that is pre-trained knows of texts it has not seen: perplexity, and accuracy of the second task."""
 
 from __future__ import annotations
 

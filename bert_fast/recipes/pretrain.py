@@ -15,7 +15,7 @@ import torch
 from bert_fast import __version__, disk
 from bert_fast.data.encoding import Vocabulary
 from bert_fast.folders import resolve
-from bert_fast.recipes._pretraining_data import PAIRS, Phase, make_collator, read_corpus
+from bert_fast.recipes._pretraining_data import PAIRS, Phase, holds_out, make_collator, read_corpus
 from bert_fast.recipes._pretraining_models import describe, make_model, save
 from bert_fast.training.phases import split_steps
 
@@ -95,7 +95,7 @@ class PretrainResult:
     Attributes:
         output_dir: where the model is.
         parameters: how many it has.
-        phases: of each `max_seq_length`, `steps` (None where a run of one phase goes by epochs) and `texts`.
+        phases: of each `max_seq_length`, `steps` and `texts`.
         before, after: scores of the held-out texts, by the names of `held_out.held_out_scores`; empty without them.
         train: `seconds` without evaluations, `steps`, `tokens`, `tokens_per_second` of this call.
     """
@@ -110,8 +110,8 @@ class PretrainResult:
     def __str__(self) -> str:
         lines = [f"{self.parameters / 1e6:.1f} million parameters"]
         for number, phase in enumerate(self.phases, 1):
-            steps = "" if phase["steps"] is None else f", {phase['steps']:,} steps"
-            lines.append(f"phase {number}: {phase['texts']:,} texts of up to {phase['max_seq_length']} tokens{steps}")
+            texts = f"{phase['texts']:,} texts of up to {phase['max_seq_length']} tokens"
+            lines.append(f"phase {number}: {texts}, {phase['steps']:,} steps")
         train = self.train
         lines.append(
             f"{train['steps']:,} steps, {train['tokens']:,} tokens in {train['seconds']:.1f} s: "
@@ -176,7 +176,7 @@ def pretrain(settings: PretrainSettings) -> PretrainResult:
     before, after = _evaluated(trainer)
     sizes = [
         {"max_seq_length": phase.max_seq_length, "steps": count, "texts": len(part)}
-        for phase, part, count in zip(phases, corpus.phases, steps or [args.max_steps if args.max_steps > 0 else None])
+        for phase, part, count in zip(phases, corpus.phases, steps or [trainer.state.max_steps], strict=True)
     ]
     described = describe(model)
     if trainer.is_world_process_zero():
@@ -219,8 +219,8 @@ def _check_lengths(phases: tuple[Phase, ...], model: Any) -> None:
         if not 5 <= phase.max_seq_length <= most:
             which = f"of phase {number} " if len(phases) > 1 else ""
             raise ValueError(
-                f"max_seq_length {which}is {phase.max_seq_length}, expected 5 to {most}, the max_position_embeddings of "
-                "the model"
+                f"max_seq_length {which}is {phase.max_seq_length}, expected 5 to {most}, the max_position_embeddings "
+                "of the model"
             )
 
 
@@ -231,7 +231,7 @@ def _arguments(settings: PretrainSettings, phases: tuple[Phase, ...]) -> tuple[A
     given = settings.arguments
     if len(phases) > 1 and given.get("max_steps", -1) <= 0:
         raise ValueError(f"{len(phases)} phases share the steps of the run: give max_steps")
-    holds_out = settings.validation_file is not None or settings.validation_split_percentage > 0
+    judged = holds_out(settings)
     defaults: dict[str, Any] = {
         "learning_rate": LEARNING_RATES[settings.objective],
         "warmup_steps": WARMUP,
@@ -239,13 +239,13 @@ def _arguments(settings: PretrainSettings, phases: tuple[Phase, ...]) -> tuple[A
         "save_strategy": "steps",
         "save_steps": 0.1,
         "save_total_limit": 2,
-        "eval_strategy": "steps" if holds_out else "no",
+        "eval_strategy": "steps" if judged else "no",
         "eval_steps": 0.1,
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     args = TrainingArguments(settings.output_dir, **{**defaults, **given})
-    args.eval_on_start = holds_out and not (settings.resume and checkpoints.listed(Path(settings.output_dir)))
+    args.eval_on_start = judged and not (settings.resume and checkpoints.listed(Path(settings.output_dir)))
     by_tokens = args.max_tokens_per_batch is not None
     if not by_tokens:
         longest = max(phase.max_seq_length for phase in phases)
@@ -254,7 +254,7 @@ def _arguments(settings: PretrainSettings, phases: tuple[Phase, ...]) -> tuple[A
 
 
 def _told_of_training(trainer: Any, seconds: float) -> dict[str, Any]:
-    tokens = trainer.state.num_input_tokens_seen - trainer.tokens_before
+    tokens = trainer.throughput.total_tokens
     return {
         "seconds": seconds,
         "steps": trainer.state.global_step,

@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bert_fast.tokenization import Tokenizer
+from bert_fast.training.batches import PackingCollator
 
 #: What the model says of one feature, without padding: (num_labels,) of a text, (num_tokens, num_labels) of tokens,
 #: (num_tokens,) and (num_tokens,) of the start and the end of an answer, (num_choices,).
 Output = tuple[NDArray[np.float32], ...]
 
-#: What is said of one example, as a line of JSON holds it; it has the `id` of its example.
+#: What is said of one example, as a line of JSON holds it: the `id` of the example, and what the kind of task says of
+#: it, in the form that the example itself would have it, as `label` or `tags`. `predictions_<split>.jsonl` has the
+#: example in each line, too: `example`, the fields of its dataclass.
 Prediction = dict[str, Any]
 
 
@@ -81,9 +84,9 @@ class Task(ABC):
             ValueError: a label was not among those of training; the message names it, its example and those known.
         """
 
-    @abstractmethod
     def collator(self, config: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Makes a batch of the inputs of several features; `config` is the model's."""
+        """Makes a batch of the inputs of several features; `config` is the model's. Here packed; others override it."""
+        return PackingCollator(max_position_embeddings=config.max_position_embeddings)
 
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Mapping[str, Any]) -> list[Output]:

@@ -20,6 +20,7 @@ from bert_fast.training.batches import PackingCollator, TokenBudgetSampler
 from bert_fast.training.durable import DurableTrainer
 from bert_fast.training.inspection import InspectingCollator, Inspector, fingerprint
 from bert_fast.training.masking import IndexedDataset
+from bert_fast.training.phases import PhasedSampler
 
 
 class BatchedTrainer(DurableTrainer):
@@ -36,13 +37,14 @@ class BatchedTrainer(DurableTrainer):
             options["data_collator"] = PackingCollator(max_position_embeddings=most)
         super().__init__(model, args, **options)
         self.inspector = Inspector(model)
-        if args.max_tokens_per_batch is not None and self.inspector.head == "BertForQuestionAnswering":
+        spans = self.inspector.head == "BertForQuestionAnswering" and not isinstance(model, Head)
+        if args.max_tokens_per_batch is not None and spans:
             raise ValueError(
-                f"max_tokens_per_batch is {args.max_tokens_per_batch}, but start_positions and end_positions count "
-                "from the beginning of a padded text: leave it out for question answering"
+                f"max_tokens_per_batch is {args.max_tokens_per_batch}, but the start_positions of transformers' "
+                "BertForQuestionAnswering count from the beginning of a padded text: take bert_fast's, or leave it out"
             )
         self.followers: list[Any] = [self.data_collator] if hasattr(self.data_collator, "set_epoch") else []
-        self._sampler: TokenBudgetSampler | None = None
+        self._sampler: TokenBudgetSampler | PhasedSampler | None = None
         self._digest: str | None = None
         self._cuts_batches = False
         # Shared, because workers that persist keep the copy that they were started with.
@@ -77,7 +79,7 @@ class BatchedTrainer(DurableTrainer):
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
 
-    def _token_sampler(self, examples: Any, max_tokens: int) -> TokenBudgetSampler:
+    def _token_sampler(self, examples: Any, max_tokens: int) -> TokenBudgetSampler | PhasedSampler:
         if self._sampler is None:
             self._sampler = TokenBudgetSampler(
                 _lengths(examples),
@@ -179,7 +181,7 @@ class BatchedTrainer(DurableTrainer):
 
 
 def _lengths(examples: Any) -> Any:
-    """Tokens of each example: what the data set says itself, as `bert_fast.data.pretraining` does, or of all of them."""
+    """Tokens of each example: what the data set says itself, as that of pre-training does, or of all of them."""
     if hasattr(examples, "lengths"):
         return examples.lengths
     return [len(examples[index]["input_ids"]) for index in range(len(examples))]

@@ -95,7 +95,9 @@ class Inspector:
                 labels = labels.masked_fill(mask == 0, IGNORED_LABEL)
             return _count(labels)
         if "start_positions" in batch:  # one past the text is ignored
-            return int((batch["start_positions"] < batch["input_ids"].shape[-1]).sum())
+            packed = batch.get("cu_seq_lens_q")
+            ends = batch["input_ids"].shape[-1] if packed is None else packed.diff()
+            return int((batch["start_positions"] < ends).sum())
         return len(_lengths(batch))
 
     def _check(self, batch: Mapping[str, Any]) -> None:

@@ -27,7 +27,9 @@ def split_steps(total: int, fractions: Sequence[float]) -> list[int]:
         ValueError: a fraction is not above 0, they do not add up to 1, or a phase has no step.
     """
     if any(not fraction > 0 for fraction in fractions) or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
-        raise ValueError(f"the phases have {', '.join(map(str, fractions))} of the steps, expected parts that add up to 1")
+        raise ValueError(
+            f"the phases have {', '.join(map(str, fractions))} of the steps, expected parts that add up to 1"
+        )
     ends = [round(total * sum(fractions[: index + 1])) for index in range(len(fractions))]
     steps = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     if 0 in steps:
@@ -90,9 +92,7 @@ class PhasedSampler(Sampler[list[int]]):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is; numbers and strings that JSON holds."""
-        phases = [
-            {**sampler.state_dict(), "epoch": 0, "start_batch": 0, "earlier": []} for sampler in self.samplers
-        ]
+        phases = [{**sampler.state_dict(), "epoch": 0, "start_batch": 0, "earlier": []} for sampler in self.samplers]
         return {
             "phases": phases,
             "steps": list(self.steps),
@@ -111,7 +111,9 @@ class PhasedSampler(Sampler[list[int]]):
         """
         now = self.state_dict()
         if missing := now.keys() - state.keys():
-            raise ValueError(f"the state of the run is not one of several phases: it lacks {', '.join(sorted(missing))}")
+            raise ValueError(
+                f"the state of the run is not one of several phases: it lacks {', '.join(sorted(missing))}"
+            )
         for name in ("num_replicas", "accumulation", "steps"):
             if state[name] != now[name]:
                 raise ValueError(

@@ -48,10 +48,14 @@ class Throughput:
 
     Args:
         peak_gflops: what all devices together can do, in 10^9 floating-point operations per second; None if unknown.
+
+    Attributes:
+        total_tokens: real tokens since it was made.
     """
 
     def __init__(self, peak_gflops: float | None) -> None:
         self.peak_gflops = peak_gflops
+        self.total_tokens = 0
         self.restart()
 
     def restart(self) -> None:
@@ -61,6 +65,7 @@ class Throughput:
     def count(self, tokens: int, flops: int) -> None:
         """Add work that was done: real tokens, and useful floating-point operations."""
         self._tokens += tokens
+        self.total_tokens += tokens
         self._flops += flops
 
     @contextmanager

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from bert_fast import BertConfig, accelerate
-from bert_fast.modules import BertForSequenceClassification, BertForTokenClassification, BertModel
+from bert_fast.modules import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 from bert_fast.training.batches import PackingCollator, TokenBudgetSampler
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=80)
@@ -340,6 +345,29 @@ def test_models_give_the_same_packed_and_padded():
         packed = model(**PackingCollator()(features))
         expected = model(**padded(features), labels=labels)
         torch.testing.assert_close(packed.loss, expected.loss, rtol=1e-5, atol=1e-6)
+
+
+def test_spans_of_a_packed_batch_count_from_their_text():
+    """Loss and gradients are those of the padded batch; an end past its text, but inside the batch, is ignored."""
+    torch.manual_seed(0)
+    model = BertForQuestionAnswering(config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    spans = [(1, 2), (0, 4), (1, 2)]  # the last text has two tokens
+    features = [
+        {**feature, "start_positions": start, "end_positions": end}
+        for feature, (start, end) in zip(FEATURES, spans, strict=True)
+    ]
+    starts, ends = map(torch.tensor, zip(*spans, strict=True))
+    losses = [
+        model(**PackingCollator()(features)).loss,
+        model(**padded(features), start_positions=starts, end_positions=ends).loss,
+    ]
+    torch.testing.assert_close(losses[0], losses[1])
+    got, expected = (torch.autograd.grad(loss, model.bert.embeddings.word_embeddings.weight)[0] for loss in losses)
+    torch.testing.assert_close(got, expected)
+    features.insert(1, {"input_ids": [], "token_type_ids": [], "start_positions": 0, "end_positions": 0})
+    torch.testing.assert_close(model(**PackingCollator()(features)).loss, losses[0], msg="a text without tokens")
+    with pytest.raises(ValueError, match="there are 2 start_positions or end_positions for 3 texts"):
+        model(**{**PackingCollator()(features[1:]), "start_positions": starts[:2]})
 
 
 def test_a_text_without_tokens_is_zeros():

@@ -34,7 +34,7 @@ class Watch(TrainerCallback):
 
 
 def first_step(
-    folder: Path, model: nn.Module, batch: list[dict[str, Any]], size: int
+    folder: Path, model: nn.Module, batch: list[dict[str, Any]], size: int, **options: Any
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one step over the whole batch, in micro-batches of this many examples."""
     arguments = tiny.arguments(
@@ -44,6 +44,7 @@ def first_step(
         gradient_accumulation_steps=len(batch) // size,
         train_sampling_strategy="sequential",
         max_grad_norm=0.0,
+        **options,
     )
     watch = Watch(model)
     Trainer(model, arguments, train_dataset=batch, callbacks=[watch]).train()
@@ -105,6 +106,20 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, kind
     loss, gradients = first_step(tmp_path / "parts", make(kind), examples(kind), size)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert gradients.keys() == whole.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_packed_spans_weigh_by_those_that_lie_in_their_text(tmp_path: Path) -> None:
+    """An answer past its own text is none, also where the packed batch goes on after it."""
+    rows = examples("spans")
+    expected, whole = first_step(tmp_path / "whole", make("spans"), rows, 8)
+    for row in rows:
+        row["input_ids"] = row["input_ids"][: sum(row.pop("attention_mask"))]
+        if row["start_positions"] == 99:
+            row["start_positions"] = row["end_positions"] = len(row["input_ids"])
+    loss, gradients = first_step(tmp_path / "packed", make("spans"), rows, 1, max_tokens_per_batch=40)
+    assert loss == pytest.approx(expected, rel=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
 

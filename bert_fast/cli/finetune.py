@@ -1,0 +1,272 @@
+"""Commands around a fine-tuned model: make one, score it, let it speak."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bert_fast.cli._app import Device, Precision, command
+
+SIZE = "How it is trained"
+FILES = "Files and their columns (found by their usual names if not given)"
+KINDS = "For single kinds of tasks (if not given: as the data set has it, or as published)"
+
+TextColumn = Annotated[str | None, typer.Option("--text_column", help="Of the (first) text.", rich_help_panel=FILES)]
+PairColumn = Annotated[
+    str | None,
+    typer.Option("--text_pair_column", help="Of the second text.", rich_help_panel=FILES),
+]
+LabelColumn = Annotated[str | None, typer.Option("--label_column", help="Of the label.", rich_help_panel=FILES)]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="ROLE=NAME",
+        help="Any other column, as words=tokens; may be given several times.",
+        rich_help_panel=FILES,
+    ),
+]
+ReadOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--read_option",
+        metavar="NAME=VALUE",
+        help="How files are read: label_delimiter=;  iob1=true  max_score=5. May be given several times.",
+        rich_help_panel=FILES,
+    ),
+]
+FineTunedModel = Annotated[str, typer.Argument(metavar="MODEL", help="A folder that bert-fast finetune left.")]
+Split = Annotated[str, typer.Option(help="Which part, where FILE is the folder of a data set.")]
+
+
+def _size(name: str, help: str, **options: Any) -> Any:
+    return typer.Option(name, help=help, rich_help_panel=SIZE, **options)
+
+
+def _kind(name: str, help: str, **options: Any) -> Any:
+    return typer.Option(
+        name, help=help, rich_help_panel=KINDS, show_default="the data set's, or as published", **options
+    )
+
+
+@command(extra_arguments=True)
+def finetune(
+    context: typer.Context,
+    model_name_or_path: Annotated[
+        str, typer.Option("--model_name_or_path", help="What to start from: a folder, a Hub id, or demo.")
+    ],
+    task_name: Annotated[
+        str,
+        typer.Option(
+            "--task_name",
+            help="classification, tokens, question_answering, multiple_choice or embeddings, for files of your own; or "
+            "a data set: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, squad, squad_v2, conll2003, swag, imdb.",
+        ),
+    ],
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the model and all about it goes.")],
+    train_file: Annotated[
+        str | None, typer.Option("--train_file", help="What is learnt from: csv, tsv, jsonl, json, parquet, txt.")
+    ] = None,
+    validation_file: Annotated[
+        str | None, typer.Option("--validation_file", help="What it is scored on; the best epoch is kept.")
+    ] = None,
+    test_file: Annotated[
+        str | None,
+        typer.Option("--test_file", help="Predicted at the end, labelled or not.", rich_help_panel=FILES),
+    ] = None,
+    data_dir: Annotated[
+        str | None,
+        typer.Option(
+            "--data_dir", help="Folder of a data set as it is handed out, in place of files.", rich_help_panel=FILES
+        ),
+    ] = None,
+    text_column: TextColumn = None,
+    text_pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    column: Column = None,
+    read_option: ReadOption = None,
+    num_train_epochs: Annotated[float, _size("--num_train_epochs", "Times through the training file.")] = 3.0,
+    learning_rate: Annotated[float, _size("--learning_rate", "The highest; published: 2e-5, 3e-5, 5e-5.")] = 5e-5,
+    per_device_train_batch_size: Annotated[
+        int, _size("--per_device_train_batch_size", "Examples of a batch, packed without padding.", min=1)
+    ] = 32,
+    max_seq_length: Annotated[
+        int | None,
+        _size("--max_seq_length", "Tokens of a text; longer ones are cut.", show_default="128, or the data set's"),
+    ] = None,
+    early_stopping_patience: Annotated[
+        int | None, _size("--early_stopping_patience", "End after so many evaluations without gain.", min=1)
+    ] = None,
+    max_train_samples: Annotated[int | None, _size("--max_train_samples", "Use so many examples only.", min=1)] = None,
+    max_eval_samples: Annotated[
+        int | None, _size("--max_eval_samples", "The same of validation and test.", min=1)
+    ] = None,
+    resume_from_checkpoint: Annotated[
+        str | None,
+        _size("--resume_from_checkpoint", "true goes on where the last whole checkpoint was saved, if there is one."),
+    ] = None,
+    plain: Annotated[bool, _size("--plain", "Plain PyTorch with padding, to compare with.")] = False,
+    problem: Annotated[
+        str | None, _kind("--problem", "Classification: single, multi (several labels), regression.")
+    ] = None,
+    label_all_tokens: Annotated[
+        bool | None, _kind("--label_all_tokens", "Tokens: train on all sub-words of a word.")
+    ] = None,
+    doc_stride: Annotated[int | None, _kind("--doc_stride", "Questions: tokens between two windows.")] = None,
+    max_query_length: Annotated[int | None, _kind("--max_query_length", "Questions: tokens of a question.")] = None,
+    max_answer_length: Annotated[int | None, _kind("--max_answer_length", "Questions: tokens of an answer.")] = None,
+    n_best_size: Annotated[int | None, _kind("--n_best_size", "Questions: answers that are considered.")] = None,
+    version_2_with_negative: Annotated[
+        bool | None, _kind("--version_2_with_negative", "Questions: there may be no answer.")
+    ] = None,
+    null_score_diff_threshold: Annotated[
+        float | None, _kind("--null_score_diff_threshold", "Questions: how likely no answer must be.")
+    ] = None,
+    task_option: Annotated[
+        list[str] | None,
+        _kind(
+            "--task_option", "Any other of the task, as loss=triplet; may be given several times.", metavar="NAME=VALUE"
+        ),
+    ] = None,
+) -> None:
+    """Fine-tune a checkpoint on labelled files, and score it.
+
+    Any option of TrainingArguments may follow, as --seed 1, --bf16 true, --max_tokens_per_batch 4096, --freeze encoder.
+    With several processes: torchrun --nproc_per_node 2 -m bert_fast.cli finetune ...
+    """
+    from bert_fast.cli._arguments import training_options
+
+    arguments = {
+        "num_train_epochs": num_train_epochs,
+        "learning_rate": learning_rate,
+        "per_device_train_batch_size": per_device_train_batch_size,
+        **training_options(context.args),
+    }
+    options = {
+        "max_seq_length": max_seq_length,
+        "problem": problem,
+        "label_all_tokens": label_all_tokens,
+        "doc_stride": doc_stride,
+        "max_query_length": max_query_length,
+        "max_answer_length": max_answer_length,
+        "n_best_size": n_best_size,
+        "version_2_with_negative": version_2_with_negative,
+        "null_score_diff_threshold": null_score_diff_threshold,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+
+    from bert_fast.recipes.finetune import FinetuneSettings
+    from bert_fast.recipes.finetune import finetune as run
+
+    result = run(
+        FinetuneSettings(
+            model_name_or_path=model_name_or_path,
+            task=task_name,
+            output_dir=str(output_dir),
+            train_file=train_file,
+            validation_file=validation_file,
+            test_file=test_file,
+            data_dir=data_dir,
+            columns=_columns(text_column, text_pair_column, label_column, column),
+            read_options=_options("--read_option", read_option),
+            task_options=given | _options("--task_option", task_option),
+            arguments=arguments,
+            max_train_samples=max_train_samples,
+            max_eval_samples=max_eval_samples,
+            early_stopping_patience=early_stopping_patience,
+            resume=_resume(resume_from_checkpoint),
+            plain=plain,
+        )
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(result)
+
+
+@command()
+def evaluate(
+    model: FineTunedModel,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A file with labels, or the folder of a data set.")],
+    split: Split = "validation",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Also write what is said of each example: .jsonl, .csv or .tsv."),
+    ] = None,
+    text_column: TextColumn = None,
+    text_pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    column: Column = None,
+    precision: Precision = None,
+    device: Device = None,
+) -> None:
+    """Score a fine-tuned model on a file with labels."""
+    from bert_fast.recipes import predict as recipe
+    from bert_fast.recipes.finetune import table
+
+    columns = _columns(text_column, text_pair_column, label_column, column)
+    tuned = recipe.load(model, device=device, precision=precision)
+    metrics, part = recipe.evaluate(tuned, file, split=split, columns=columns, output=output)
+    print(f"{len(part.examples)} examples{_notes(part)}")
+    print(table({split: metrics}))
+
+
+@command()
+def predict(
+    model: FineTunedModel,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A file, with labels or without, or a folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to: .jsonl, .csv or .tsv.")],
+    split: Split = "test",
+    text_column: TextColumn = None,
+    text_pair_column: PairColumn = None,
+    column: Column = None,
+    precision: Precision = None,
+    device: Device = None,
+) -> None:
+    """Write what a fine-tuned model says of each example of a file."""
+    from bert_fast.recipes import predict as recipe
+
+    columns = _columns(text_column, text_pair_column, None, column)
+    tuned = recipe.load(model, device=device, precision=precision)
+    part = recipe.predict(tuned, file, output, split=split, columns=columns)
+    print(f"{output}: {len(part.examples)} examples{_notes(part)}")
+
+
+def _notes(part: Any) -> str:
+    """What was cut and what was left out of a file."""
+    cut = [f"{part.features.num_truncated} cut at max_seq_length"] if part.features.num_truncated else []
+    return "".join(f"; {note}" for note in [*cut, *(f"{n} skipped: {why}" for why, n in part.skipped.items())])
+
+
+def _columns(text: str | None, text_pair: str | None, label: str | None, others: list[str] | None) -> dict[str, str]:
+    named = {"text": text, "text_pair": text_pair, "label": label}
+    return {role: name for role, name in named.items() if name is not None} | _pairs("--column", others)
+
+
+def _pairs(flag: str, given: list[str] | None) -> dict[str, str]:
+    """NAME=VALUE, several times."""
+    pairs = {}
+    for word in given or ():
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"{flag} is {word!r}, expected NAME=VALUE")
+        pairs[name] = value
+    return pairs
+
+
+def _options(flag: str, given: list[str] | None) -> dict[str, Any]:
+    return {name.replace("-", "_"): _value(value) for name, value in _pairs(flag, given).items()}
+
+
+def _value(text: str) -> Any:
+    """As JSON writes it, or else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _resume(word: str | None) -> bool | str:
+    return {None: False, "true": True, "false": False}.get(word if word is None else word.lower(), word or False)

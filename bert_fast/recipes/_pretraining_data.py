@@ -151,9 +151,9 @@ def _split(settings: PretrainSettings, texts: dict[str, list[str]], data: Path, 
     counts = [0, 0]
     data.mkdir(parents=True, exist_ok=True)
     with disk.written_at_once(data / "train.txt") as train, disk.written_at_once(held_out) as validation:
-        for document in filter(None, read_documents(
-            [source], text_field=settings.text_field, split_sentences=settings.split_sentences
-        )):
+        for document in filter(
+            None, read_documents([source], text_field=settings.text_field, split_sentences=settings.split_sentences)
+        ):
             number = sum(counts)
             to_validation = int((number + 1) * part / 100) > int(number * part / 100)
             counts[to_validation] += 1

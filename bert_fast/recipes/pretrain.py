@@ -268,9 +268,10 @@ def _evaluated(trainer: Any) -> tuple[dict[str, float], dict[str, float]]:
     if trainer.eval_dataset is None:
         return {}, {}
     history = [logs for logs in trainer.state.log_history if "eval_perplexity" in logs]
-    before = next((logs for logs in history if logs["step"] == 0), {})
+    before: dict[str, float] = next((logs for logs in history if logs["step"] == 0), {})
     after = next((logs for logs in history if logs["step"] == trainer.state.global_step), None) or trainer.evaluate()
-    return tuple(  # type: ignore[return-value]
-        {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
-        for logs in (before, after)
-    )
+    return _bare(before), _bare(after)
+
+
+def _bare(logs: dict[str, float]) -> dict[str, float]:
+    return {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}

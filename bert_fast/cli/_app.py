@@ -54,6 +54,10 @@ def group(name: str, help: str) -> typer.Typer:
     return commands
 
 
+#: Of several modules: text for pre-training, files of tasks.
+DATA = group("data", "Make pre-training data of text, look into them, and into the files of tasks.")
+
+
 def command(
     name: str | None = None, *, into: typer.Typer = app, extra_arguments: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -85,7 +89,7 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
             _fail(f'{error.name} is not installed; it comes with: pip install "bert_fast[demo,train,bench]"')
         except OSError as error:
             _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:  # the latter: a step of training that is not finite
             _fail(str(error))
 
     return guarded

@@ -21,9 +21,10 @@ from bert_fast.folders import resolve
 from bert_fast.heads import Head
 from bert_fast.loading import build, read_config, read_state_dict, replaced, save_pretrained
 from bert_fast.modules import HEADS
-from bert_fast.recipes._splits import Split, make_split, reading, replacing, sampled, task_of, write_predictions
+from bert_fast.recipes._splits import Split, beside, make_split, reading, replacing, sampled, task_of, write_predictions
 from bert_fast.recipes.card import write_card
 from bert_fast.recipes.predict import RESULTS_FILE, Collate, read_tokenizer
+from bert_fast.recipes.report import write_report
 from bert_fast.tasks._batches import PaddingCollator
 from bert_fast.tasks._task import Task
 from bert_fast.tasks.registry import TASK_FILE, save_task
@@ -172,10 +173,11 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
         if split.labelled:
             metrics[name] = task.metrics(split.examples, predictions)
         if trainer.is_world_process_zero():
-            write_predictions(output_dir / f"predictions_{name}.jsonl", predictions, split.examples)
+            write_predictions(output_dir / f"predictions_{name}.jsonl", beside(split.examples, predictions))
     if trainer.is_world_process_zero():
         _save(output_dir, trainer.model, folder, task)
         _write_results(output_dir, settings, task, main_metric, metrics, train)
+        write_report(output_dir)
         write_card(output_dir)
     trainer.accelerator.wait_for_everyone()
     return FinetuneResult(output_dir, metrics, main_metric, seconds, train)

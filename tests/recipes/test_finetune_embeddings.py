@@ -39,6 +39,7 @@ def settings(folder, **others):
     fields = {
         "model_name_or_path": str(folder / "base"),
         "task": "embeddings",
+        "task_options": {"max_seq_length": 32},
         "output_dir": str(folder / "out"),
         "train_file": str(folder / "train.tsv"),
         "validation_file": str(folder / "scored.tsv"),

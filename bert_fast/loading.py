@@ -372,8 +372,6 @@ def write_files(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | No
         folder: where to.
         state: the weights by name, where the model has only a shard of them.
     """
-    from safetensors.torch import save_file
-
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = [aliases[0] for aliases in _tied(parameters)]
     values = parameters if state is None else state
@@ -383,8 +381,19 @@ def write_files(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | No
     config.pop("torch_dtype", None)  # the older name of the same thing
     config |= {"architectures": [ours.__name__], "dtype": _dtype_name(next(iter(weights.values())).dtype)}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_weights(weights, folder / WEIGHTS_FILE)
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors lets only the owner read it
+
+
+def write_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; OSError, naming it, where that fails, as on a full disk."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # also for what the system says
+        raise OSError(f"{path.name} cannot be written: {error}") from error
 
 
 def _copy_other_files(source: Path, target: Path) -> None:

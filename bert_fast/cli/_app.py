@@ -53,6 +53,10 @@ def group(name: str, help: str) -> typer.Typer:
     return commands
 
 
+#: Of several modules: text for pre-training, files of tasks.
+DATA = group("data", "Make pre-training data of text, look into them, and into the files of tasks.")
+
+
 def command(
     name: str | None = None, *, into: typer.Typer = app, extra_arguments: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -18,6 +18,9 @@ from bert_fast.folders import read_json, resolve
 from bert_fast.lines import decoded
 from bert_fast.tokenization import SPECIAL_TOKENS, Tokenizer
 
+#: The tokenizer of pre-training data, in their folder.
+TOKENIZER = "tokenizer.json"
+
 #: What a word is: what the tokenizer cuts text into, or what stands between spaces.
 WORDS = ("tokenizer", "spaces")
 

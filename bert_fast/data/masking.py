@@ -105,7 +105,7 @@ class Masking:
             lengths: (batch_size,) tokens of each text.
             draws: (numbers, num_tokens) of [0, 1): the order of choice, what becomes of a token, its replacement, and
                 how many words go together.
-            word_ids: (num_tokens,), as the module says; not for `subword`.
+            word_ids: (num_tokens,), as the module says; `subword` does not look at them.
 
         Returns:
             (num_tokens,) what the model sees, and (num_tokens,) labels: the token where it is chosen, -100 elsewhere.
@@ -113,7 +113,7 @@ class Masking:
         candidates = ~np.isin(ids, self._special)
         counts = self.counts(lengths)
         actions = draws[1]
-        if word_ids is None:
+        if word_ids is None or not self.needs_words:
             chosen = choose(draws[0], candidates, lengths, counts)
         else:
             chosen = self._choose_words(draws, np.where(candidates, word_ids, -1), lengths, counts)

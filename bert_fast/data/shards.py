@@ -23,7 +23,7 @@ import numpy as np
 
 from bert_fast import disk
 from bert_fast.data.corpus import Corpus, write_corpus
-from bert_fast.data.encoding import Encoder, Vocabulary, read_entities
+from bert_fast.data.encoding import TOKENIZER, Encoder, Vocabulary, read_entities
 from bert_fast.data.instances import BATCH, Columns, Maker, Options
 from bert_fast.data.pretraining import FORMAT, MANIFEST, read_manifest
 from bert_fast.data.text import find_files, read_sentences
@@ -32,7 +32,6 @@ from bert_fast.data.workers import in_order
 #: What is made on the way, and taken away at the end.
 BUILDING = ".building"
 PLAN = "plan.json"
-TOKENIZER = "tokenizer.json"
 
 #: What `ENOSPC` and its kin mean to whoever waits for the data.
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)

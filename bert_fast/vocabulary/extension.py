@@ -182,7 +182,7 @@ def extend(path_or_id: str | Path, words: Iterable[str], output: str | Path) -> 
             `output` is there already and not empty.
     """
     from bert_fast.embedder import Recipe
-    from bert_fast.loading import WEIGHT_PATTERNS, WEIGHTS_FILE, read_config, read_state_dict
+    from bert_fast.loading import WEIGHT_PATTERNS, WEIGHTS_FILE, read_config, read_state_dict, write_weights
 
     folder = resolve(path_or_id)
     source = Recipe.read(folder).transformer
@@ -206,7 +206,8 @@ def extend(path_or_id: str | Path, words: Iterable[str], output: str | Path) -> 
         values = read_json(source / CONFIG_FILE)
         values["vocab_size"] = max(config.vocab_size, extension.first_id + len(extension.pieces))
         (target / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        _write_weights(state, target / WEIGHTS_FILE, like=target / CONFIG_FILE)
+        write_weights(state, target / WEIGHTS_FILE)
+        shutil.copymode(target / CONFIG_FILE, target / WEIGHTS_FILE)  # safetensors lets only the owner read it
     return extension
 
 
@@ -237,10 +238,3 @@ def _write_tokenizer(source: Path, target: Path, backend: tokenizers.Tokenizer, 
     vocab = backend.get_vocab()
     tokens = [*sorted(vocab, key=vocab.__getitem__), *words]
     (target / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
-
-
-def _write_weights(state: dict[str, Tensor], path: Path, like: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
-    shutil.copymode(like, path)  # safetensors lets only the owner read it

@@ -139,7 +139,7 @@ def test_a_weighed_second_loss_accumulates(tmp_path: Path) -> None:
 
 
 def test_electra_accumulates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its second loss is a mean over all tokens. Samples are the same, as no seeds of dropout are drawn between them."""
+    """Its second loss is a mean over all tokens. No seeds of dropout are drawn, so that the samples are the same."""
     monkeypatch.setattr(ops, "draw_seeds", lambda count: torch.zeros(count, dtype=torch.int64))
 
     def model() -> ElectraPretraining:

@@ -200,10 +200,10 @@ def test_phases_have_their_steps_and_lengths(place: Path, tmp_path: Path) -> Non
     assert [phase["steps"] for phase in result.phases] == [6, 2]
     assert max(steps[:6]) <= 2 * 4 * 16 < max(steps[6:])
     rates = [line["learning_rate"] for line in lines]
-    assert rates == sorted(rates, reverse=True), "one schedule over both phases"
+    assert rates[1:] == sorted(rates[1:], reverse=True), "one schedule over both phases"
 
 
-@pytest.mark.parametrize("objective", ["sop", "electra"])
+@pytest.mark.parametrize("objective", [pytest.param("sop", marks=pytest.mark.slow), "electra"])
 def test_the_plain_path_has_the_same_curve(
     place: Path, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,7 +255,7 @@ def test_googles_initialisation_is_cut(place: Path, tmp_path: Path, objective: s
     assert max(weight.abs().max() for weight in weights) <= 2 * 0.02 + 1e-6
     table = next(weight for name, weight in model.named_parameters() if "word_embeddings" in name)
     assert not table[0].any()
-    assert table[1:].std() == pytest.approx(0.88 * 0.02, rel=0.05)  # of a normal cut at two deviations
+    assert table[1:].std().item() == pytest.approx(0.88 * 0.02, rel=0.05)  # of a normal cut at two deviations
 
 
 def test_shapes_are_googles(place: Path, tmp_path: Path) -> None:

@@ -290,7 +290,8 @@ def _tidy(settings: SearchSettings, trials: Sequence[Trial]) -> Trial | None:
 
 def trials_table(trials: Sequence[Trial]) -> str:
     """A Markdown table, a line for each trial, the best points first and those that failed last."""
-    ranked = sorted(points(trials), key=lambda group: -(mean_score(group) if mean_score(group) is not None else -9.0))
+    scored = [(mean_score(group), group) for group in points(trials)]
+    ranked = [group for _, group in sorted(scored, key=lambda pair: (pair[0] is None, -(pair[0] or 0.0)))]
     several = any(len(group) > 1 for group in ranked)
     lines = []
     for group in ranked:

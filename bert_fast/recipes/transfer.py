@@ -234,7 +234,7 @@ class _Runner:
 def _task_texts(settings: TransferSettings) -> list[str]:
     """The texts that are fine-tuned on, without what is said of them."""
     table = _stage_settings(FinetuneSettings, settings.finetune, "finetune")
-    source = table.get("train_file") or table.get("data_dir")
+    source = str(table.get("train_file") or table.get("data_dir"))
     options = table.get("read_options", {})
     examples = read(table["task"], source, split="train", columns=table.get("columns"), labelled=False, **options)
     return [text for example in examples.examples for text in _texts(example)]
@@ -279,7 +279,7 @@ def _check_inputs(settings: TransferSettings) -> None:
 def _key(seen: dict[str, Any], model: str) -> dict[str, Any]:
     """What decides what comes of a stage: its settings, what its files hold, and the digest of what it starts from."""
     files = {name: _digest_of(Path(value)) for name, value in seen.items() if _is_input(name) and value}
-    return json.loads(json.dumps({"settings": seen, "files": files, "model": model}))  # type: ignore[no-any-return]
+    return json.loads(json.dumps({"settings": seen, "files": files, "model": model}))
 
 
 def _digest_of(path: Path) -> str:

@@ -165,8 +165,8 @@ class Trainer(BatchedTrainer):
             counts = torch.tensor(sums, dtype=torch.int64)
             dist.all_reduce(counts, group=self._counts_group)
             sums = counts.tolist()
-        *counts, signals = sums
-        self._step = _Step(*counts, terminating=signals > 0)
+        num_labels, num_pairs, sequences, num_tokens, flops, signals = sums
+        self._step = _Step(num_labels, num_pairs, sequences, num_tokens, flops, terminating=signals > 0)
         self._micro_batches.clear()
         return batches, None
 

@@ -19,7 +19,7 @@ from bert_fast.config import BertConfig
 from bert_fast.folders import resolve
 from bert_fast.loading import build, from_pretrained, read_state_dict, save_pretrained
 
-HEADS = {name: cls.__name__ for name, cls in modules.HEADS.items()}
+HEADS = {name: cls.__name__ for name, cls in modules.HEADS.items() if hasattr(transformers, cls.__name__)}
 
 SHAPE = {
     "vocab_size": 50,

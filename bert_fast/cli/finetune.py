@@ -219,6 +219,9 @@ def predict(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A file, with labels or without, or a folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to: .jsonl, .csv or .tsv.")],
     split: Split = "test",
+    submission: Annotated[
+        Path | None, typer.Option(help="Also a folder for the files that the data set's benchmark takes.")
+    ] = None,
     text_column: TextColumn = None,
     text_pair_column: PairColumn = None,
     column: Column = None,
@@ -230,7 +233,7 @@ def predict(
 
     columns = _columns(text_column, text_pair_column, None, column)
     tuned = recipe.load(model, device=device, precision=precision)
-    part = recipe.predict(tuned, file, output, split=split, columns=columns)
+    part = recipe.predict(tuned, file, output, split=split, columns=columns, submission=submission)
     print(f"{output}: {len(part.examples)} examples{_notes(part)}")
 
 

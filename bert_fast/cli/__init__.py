@@ -5,7 +5,32 @@ A module holds the commands of one subject, and registers them when it is import
 
 from __future__ import annotations
 
-from bert_fast.cli import data, data_tasks, export, fill, finetune, inference, reporting, vocab
+from bert_fast.cli import (
+    data,
+    data_tasks,
+    distill,
+    export,
+    fill,
+    finetune,
+    inference,
+    reporting,
+    search_hparams,
+    transfer,
+    vocab,
+)
 from bert_fast.cli._app import app
 
-__all__ = ["app", "data", "data_tasks", "export", "fill", "finetune", "inference", "reporting", "vocab"]
+__all__ = [
+    "app",
+    "data",
+    "data_tasks",
+    "distill",
+    "export",
+    "fill",
+    "finetune",
+    "inference",
+    "reporting",
+    "search_hparams",
+    "transfer",
+    "vocab",
+]

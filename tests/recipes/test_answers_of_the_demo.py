@@ -15,7 +15,7 @@ FACTS = Path(__file__).parents[2] / "examples" / "facts"
 
 @pytest.mark.slow
 def test_answers_of_the_demo(tmp_path):
-    """F1 0.35 at least, where a model whose head is untrained has 0.1; measured: 0.49."""
+    """F1 0.35 at least; measured: 0.58, and 0.11 after a single step."""
     settings = FinetuneSettings(
         "demo",
         "question_answering",
@@ -25,9 +25,9 @@ def test_answers_of_the_demo(tmp_path):
         task_options={"max_seq_length": 128, "max_answer_length": 6},
         arguments={
             "max_tokens_per_batch": 432,
-            "num_train_epochs": 5,
+            "num_train_epochs": 4,
             "learning_rate": 1e-3,
-            "freeze": "embeddings",
+            "freeze": "all_but_last_3",
             "eval_strategy": "no",
             "save_strategy": "no",
             "plot_metrics": False,

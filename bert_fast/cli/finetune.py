@@ -138,7 +138,7 @@ def finetune(
     Any option of TrainingArguments may follow, as --seed 1, --bf16 true, --max_tokens_per_batch 4096, --freeze encoder.
     With several processes: torchrun --nproc_per_node 2 -m bert_fast.cli finetune ...
     """
-    from bert_fast.cli._arguments import training_options
+    from bert_fast.cli._arguments import resume, training_options
 
     arguments = {
         "num_train_epochs": num_train_epochs,
@@ -178,7 +178,7 @@ def finetune(
             max_train_samples=max_train_samples,
             max_eval_samples=max_eval_samples,
             early_stopping_patience=early_stopping_patience,
-            resume=_resume(resume_from_checkpoint),
+            resume=resume(resume_from_checkpoint),
             plain=plain,
         )
     )
@@ -269,7 +269,3 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _resume(word: str | None) -> bool | str:
-    return {None: False, "true": True, "false": False}.get(word if word is None else word.lower(), word or False)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bert_fast import disk
 from bert_fast.data.catalogue import read
 from bert_fast.folders import read_json, resolve
 from bert_fast.recipes._paths import PathResult, TransferResult, transfer_page, transfer_table
@@ -111,17 +112,15 @@ def transfer(settings: TransferSettings, say: Callable[[str], object] = print) -
 
     Raises:
         ValueError: a setting is impossible, or an input is missing; the message says of which stage.
-        RuntimeError: another run has the folder.
+        FolderBusyError: another run has the folder.
     """
-    from bert_fast.training import checkpoints
-
     output_dir = Path(settings.output_dir)
     stages = tuple(name for name in ADAPTING if name in settings.stages)
     paths = [
         chosen for count in range(len(stages), -1, -1) for chosen in itertools.combinations(stages, count)
     ] if settings.ablation else [stages]  # fmt: skip
     _check_inputs(settings)
-    with checkpoints.locked(output_dir):
+    with disk.locked(output_dir):
         runner = _Runner(settings, output_dir, say)
         results = [runner.path(path) for path in paths]
         metric = runner.metric
@@ -158,7 +157,7 @@ class _Runner:
             table = _stage_settings(AdaptSettings, self.settings.stages[name], name)
             seen = dict(table)
             if not table.get("train_file"):
-                whose = ("task", "columns", "train_file", "data_dir")
+                whose = ("task", "columns", "read_options", "train_file", "data_dir")
                 seen |= {key: value for key, value in self.settings.finetune.items() if key in whose}
             done = self._run(folder, table, seen, model, digest, self._adapt)
             model, digest = folder, done["digest"]
@@ -235,8 +234,9 @@ class _Runner:
 def _task_texts(settings: TransferSettings) -> list[str]:
     """The texts that are fine-tuned on, without what is said of them."""
     table = _stage_settings(FinetuneSettings, settings.finetune, "finetune")
-    source = table.get("train_file") or table.get("data_dir")
-    examples = read(table["task"], source, split="train", columns=table.get("columns") or None, labelled=False)
+    source = str(table.get("train_file") or table.get("data_dir"))
+    options = table.get("read_options", {})
+    examples = read(table["task"], source, split="train", columns=table.get("columns"), labelled=False, **options)
     return [text for example in examples.examples for text in _texts(example)]
 
 
@@ -279,7 +279,7 @@ def _check_inputs(settings: TransferSettings) -> None:
 def _key(seen: dict[str, Any], model: str) -> dict[str, Any]:
     """What decides what comes of a stage: its settings, what its files hold, and the digest of what it starts from."""
     files = {name: _digest_of(Path(value)) for name, value in seen.items() if _is_input(name) and value}
-    return json.loads(json.dumps({"settings": seen, "files": files, "model": model}))  # type: ignore[no-any-return]
+    return json.loads(json.dumps({"settings": seen, "files": files, "model": model}))
 
 
 def _digest_of(path: Path) -> str:

@@ -118,7 +118,7 @@ def test_half_of_the_demos_layers_keep_most_of_its_score(tmp_path, capsys):
     torch.set_num_threads(2)
     reviews = Path(__file__).parent.parent.parent / "examples" / "reviews"
     train, validation = str(reviews / "train.tsv"), str(reviews / "validation.tsv")
-    arguments = {**small.SHORT, "per_device_train_batch_size": 16, "learning_rate": 1e-4, "save_only_model": True}
+    arguments = {**small.SHORT, "per_device_train_batch_size": 32, "learning_rate": 2e-4, "save_only_model": True}
     teacher = FinetuneSettings("demo", "classification", str(tmp_path / "teacher"), train, validation)
     finetune(dataclasses.replace(teacher, arguments={**arguments, "num_train_epochs": 3}))
     result = distill(

@@ -82,6 +82,7 @@ def accuracy(folder):
     return predict.evaluate(tuned, folder.parent.parent / "texts.tsv")[0]["accuracy"]
 
 
+@pytest.mark.slow
 def test_all_paths_run_once_and_only_what_changed_runs_again(tmp_path):
     result, said = run(write(tmp_path))
     assert [path.name for path in result.paths] == [
@@ -212,6 +213,7 @@ def test_pieces_hold_whole_sentences_of_one_document():
     ]
 
 
+@pytest.mark.slow
 def test_a_model_learns_the_words_of_a_domain_and_keeps_its_pooler(tmp_path):
     model = checkpoint(tmp_path / "model")
     arguments = {"use_cpu": True, "disable_tqdm": True, "plot_metrics": False, "max_steps": 25, "learning_rate": 1e-2}
@@ -223,7 +225,7 @@ def test_a_model_learns_the_words_of_a_domain_and_keeps_its_pooler(tmp_path):
     assert not torch.equal(before["embeddings.word_embeddings.weight"], after["bert.embeddings.word_embeddings.weight"])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
     for options, texts, message in (
-        ({"max_seq_length": 65}, SENTENCES, r"max_seq_length is 65, expected from 3 to 64"),
+        ({"max_seq_length": 999}, SENTENCES, r"max_seq_length is 999, expected from 3 to \d+"),
         ({"max_seq_length": 32}, ["one text"], r"too little text, 0 pieces"),
         ({}, None, r"there is no text: give a train_file"),
     ):

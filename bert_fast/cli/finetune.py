@@ -116,6 +116,9 @@ def finetune(
     label_all_tokens: Annotated[
         bool | None, _kind("--label_all_tokens", "Tokens: train on all sub-words of a word.")
     ] = None,
+    return_entity_level_metrics: Annotated[
+        bool | None, _kind("--return_entity_level_metrics", "Tokens: also score each type of entity.")
+    ] = None,
     doc_stride: Annotated[int | None, _kind("--doc_stride", "Questions: tokens between two windows.")] = None,
     max_query_length: Annotated[int | None, _kind("--max_query_length", "Questions: tokens of a question.")] = None,
     max_answer_length: Annotated[int | None, _kind("--max_answer_length", "Questions: tokens of an answer.")] = None,
@@ -150,6 +153,7 @@ def finetune(
         "max_seq_length": max_seq_length,
         "problem": problem,
         "label_all_tokens": label_all_tokens,
+        "return_entity_level_metrics": return_entity_level_metrics,
         "doc_stride": doc_stride,
         "max_query_length": max_query_length,
         "max_answer_length": max_answer_length,

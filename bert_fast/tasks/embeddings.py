@@ -55,7 +55,9 @@ class SentenceEmbeddings(Task):
         """What the head is told; ValueError for options that are impossible."""
         names = ("pooling_mode", "normalize", "max_seq_length", "scale", "margin", "symmetric")
         given: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return EmbeddingSettings(**given, **({} if self.loss is None else {"loss": self.loss}))
+        if self.loss is not None:
+            given["loss"] = self.loss
+        return EmbeddingSettings(**given)
 
     @property
     def main_metric(self) -> str:

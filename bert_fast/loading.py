@@ -17,10 +17,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from bert_fast import heads
+from bert_fast import heads, sentence_folder
 from bert_fast.config import BertConfig
 from bert_fast.disk import sync
 from bert_fast.folders import CONFIG_FILE, resolve
+from bert_fast.sentence_embedding import BertForSentenceEmbedding
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,14 @@ WEIGHT_PATTERNS = ("model*.safetensors", INDEX_FILE, "pytorch_model*.bin", "pyto
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 #: Where the parameters of transformers' BERT live: the part every model needs, and the heads one may leave out.
-ENCODER_PREFIXES = ("embeddings.", "encoder.")
-HEAD_PREFIXES = ("pooler.", "cls.", "classifier.", "qa_outputs.")
+ENCODER_PREFIXES = ("embeddings.", "embeddings_project.", "encoder.")
+HEAD_PREFIXES = (
+    "pooler.", "cls.", "classifier.", "qa_outputs.", "discriminator_predictions.", "generator_predictions.",
+    "generator_lm_head.",
+)  # fmt: skip
+
+#: What a model with a head puts before the names of its encoder's parameters.
+MODEL_PREFIXES = ("bert.", "electra.")
 
 
 def read_config(folder: Path) -> BertConfig:
@@ -163,14 +170,14 @@ def build(
     """A model of `bert_fast.modules` or `bert_fast.reference` with a copy of the weights `state`, in evaluation mode.
 
     Names may be those of an older checkpoint (`LayerNorm.gamma`, `position_ids`) or of another model over the same
-    encoder: `bert.` is put on or taken off. With `new_classifier`, one that has another number of labels than `config`
-    is left out, with a warning.
+    encoder: `bert.` or `electra.` is put on or taken off. With `new_classifier`, one that has another number of labels
+    than `config` is left out, with a warning.
 
     Raises:
         ValueError: the encoder's weights are not all there, or one has another shape or is not floating point.
     """
     device = parse_device(device or "cpu")
-    state = _renamed(state, with_prefix=issubclass(model_class, heads.Head))
+    state = _renamed(state, model_class.prefix if issubclass(model_class, heads.Head) else "")
     options: dict[str, Any] = {}
     if not issubclass(model_class, heads.Head):
         options["add_pooling_layer"] = any(name.startswith("pooler.") for name in state)
@@ -195,18 +202,23 @@ def build(
     return model.eval()
 
 
-def _renamed(state: dict[str, Tensor], with_prefix: bool) -> dict[str, Tensor]:
-    """Today's names, with `bert.` before the encoder's or not; without the position ids that old versions saved."""
+def _bare(name: str) -> str:
+    """A parameter's name without the model's before it."""
+    return name.removeprefix(next((prefix for prefix in MODEL_PREFIXES if name.startswith(prefix)), ""))
+
+
+def _renamed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Today's names, with the prefix before the encoder's; without the position ids that old versions saved."""
     renamed = {}
     for name, tensor in state.items():
-        name = name.removeprefix("bert.")
+        name = _bare(name)
         if name == "embeddings.position_ids":
             continue
         for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
             if name.endswith(old):
                 name = name.removesuffix(old) + new
-        if with_prefix and name.startswith((*ENCODER_PREFIXES, "pooler.")):
-            name = f"bert.{name}"
+        if name.startswith((*ENCODER_PREFIXES, "pooler.")):
+            name = f"{prefix}{name}"
         renamed[name] = tensor
     return renamed
 
@@ -232,7 +244,7 @@ def _tied(parameters: dict[str, nn.Parameter]) -> list[list[str]]:
 def _report_unused(state: dict[str, Tensor], parameters: dict[str, nn.Parameter], model: str) -> None:
     """Weights of another head are normal and go to the log; any other that has no place is worth a warning."""
     unused = [name for name in state if name not in parameters]
-    other_head = [name for name in unused if name.removeprefix("bert.").startswith(HEAD_PREFIXES)]
+    other_head = [name for name in unused if _bare(name).startswith(HEAD_PREFIXES)]
     if other_head:
         logger.info("%s has no use for these weights of the checkpoint: %s", model, _listed(other_head))
     if unknown := [name for name in unused if name not in other_head]:
@@ -243,7 +255,7 @@ def _missing(state: dict[str, Tensor], parameters: dict[str, nn.Parameter], mode
     """The head's parameters that the checkpoint lacks, each under all its names; ValueError for the encoder's."""
     groups = [aliases for aliases in _tied(parameters) if not any(name in state for name in aliases)]
     missing = [aliases[0] for aliases in groups]
-    if absent := [name for name in missing if name.removeprefix("bert.").startswith(ENCODER_PREFIXES)]:
+    if absent := [name for name in missing if _bare(name).startswith(ENCODER_PREFIXES)]:
         raise ValueError(f"the checkpoint lacks {len(absent)} weights of {model}: {_listed(absent)}")
     if missing:
         warnings.warn(
@@ -322,6 +334,8 @@ def _listed(names: Iterable[str], limit: int = 12) -> str:
 def save_pretrained(model: nn.Module, directory: str | Path) -> None:
     """Write `config.json` and `model.safetensors`, which transformers and `from_pretrained` read back.
 
+    Of a model that makes sentence vectors also what makes the folder one of sentence-transformers.
+
     The folder is built beside its place and put there in one step: whatever interrupts the save leaves either the old
     folder or the new one, whole. Other files of an existing folder (the tokenizer's, say) stay; weights of another
     form do not. An interrupted save may leave a folder `.NAME.HEX.saving` beside it, which nothing reads.
@@ -361,8 +375,6 @@ def write_files(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | No
         folder: where to.
         state: the weights by name, where the model has only a shard of them.
     """
-    from safetensors.torch import save_file
-
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = [aliases[0] for aliases in _tied(parameters)]
     values = parameters if state is None else state
@@ -370,10 +382,34 @@ def write_files(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | No
     ours = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("bert_fast."))
     config = cast(BertConfig, model.config).to_dict()
     config.pop("torch_dtype", None)  # the older name of the same thing
-    config |= {"architectures": [ours.__name__], "dtype": _dtype_name(next(iter(weights.values())).dtype)}
+    is_embedding = isinstance(model, BertForSentenceEmbedding)  # which transformers knows as the encoder that it is
+    config |= {
+        "architectures": ["BertModel" if is_embedding else ours.__name__],
+        "dtype": _dtype_name(next(iter(weights.values())).dtype),
+    }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_weights(weights, folder / WEIGHTS_FILE)
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors lets only the owner read it
+    if isinstance(model, BertForSentenceEmbedding):
+        settings, dimension = model.settings, cast(BertConfig, model.config).hidden_size
+        sentence_folder.write(
+            folder,
+            settings.pooling_mode,
+            dimension,
+            normalize=settings.normalize,
+            max_seq_length=settings.max_seq_length,
+        )
+
+
+def write_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; OSError, naming it, where that fails, as on a full disk."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # also for what the system says
+        raise OSError(f"{path.name} cannot be written: {error}") from error
 
 
 def _copy_other_files(source: Path, target: Path) -> None:
@@ -405,8 +441,10 @@ def _put_in_place(building: Path, directory: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EBUSY, errno.EPERM):
             raise
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(building / name, directory / name)
+        for name in (WEIGHTS_FILE, *sentence_folder.FILES, CONFIG_FILE):
+            if (building / name).is_file():
+                (directory / name).parent.mkdir(exist_ok=True)
+                os.replace(building / name, directory / name)
 
 
 def _exchange(first: Path, second: Path) -> None:

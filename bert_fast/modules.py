@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bert_fast import engine, heads, masked_lm, ops, reference
+from bert_fast import engine, heads, masked_lm, ops, reference, sentence_embedding
 from bert_fast.checks import is_recorded
 from bert_fast.encoder import encode, encode_first, first_tokens
 from bert_fast.inputs import BertInputs
@@ -207,20 +207,19 @@ class BertForPreTraining(Pretrained, heads.BertForPreTraining):
     def loss(
         self, inputs: BertInputs, labels: Tensor | None, divisor: float | None, targets: dict[str, Tensor | None]
     ) -> ModelOutput:
-        """The loss alone, from the first tokens and those that have a label."""
+        """The loss, from the first tokens and those that have a label."""
         rows, next_sentence = _labelled(self, inputs, labels), targets["next_sentence_label"]
         if rows is None or next_sentence is None:
             return super().loss(inputs, labels, divisor, targets)
         relationship = self.cls.seq_relationship(self.bert.pooler(rows.first))
         loss = masked_lm.loss(self.cls.predictions, rows, divisor)
-        return PreTrainingOutput(
-            loss=loss + heads.cross_entropy(relationship, next_sentence, name="next_sentence_label")
-        )
+        loss = loss + self.pair_loss(relationship, next_sentence)
+        return PreTrainingOutput(loss, seq_relationship_logits=relationship)
 
 
 def _labelled(head: Any, inputs: BertInputs, labels: Tensor | None) -> masked_lm.Labelled | None:
     """The rows that the loss of a masked-language-model head reads, or None where the plain way has to run."""
-    if labels is None or masked_lm.obstacle(head.cls.predictions):
+    if labels is None or masked_lm.obstacle(head.cls.predictions.decoder):
         return None
     rows: masked_lm.Labelled | None = head.bert.encode_labelled(inputs, labels)
     return rows
@@ -250,6 +249,16 @@ class BertForMultipleChoice(Pretrained, heads.BertForMultipleChoice):
     base = BertModel
 
 
+class BertForSentenceEmbedding(Pretrained, sentence_embedding.BertForSentenceEmbedding):
+    """The fast BERT with pooling. What it saves is a folder of sentence-transformers."""
+
+    base = BertModel
+
+    def pool(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """One vector for each sequence."""
+        return ops.pooling(tokens, cu_seqlens, mode=self.settings.pooling_mode)
+
+
 #: The heads by the name `from_pretrained(head=...)` takes; None is the model without one.
 HEADS: dict[str | None, type[nn.Module]] = {
     None: BertModel,
@@ -260,4 +269,5 @@ HEADS: dict[str | None, type[nn.Module]] = {
     "token_classification": BertForTokenClassification,
     "question_answering": BertForQuestionAnswering,
     "multiple_choice": BertForMultipleChoice,
+    "sentence_embedding": BertForSentenceEmbedding,
 }

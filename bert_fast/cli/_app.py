@@ -27,6 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings=SETTINGS,
 )
 
@@ -51,6 +52,10 @@ def group(name: str, help: str) -> typer.Typer:
     commands = typer.Typer(help=help, no_args_is_help=True, context_settings=SETTINGS)
     app.add_typer(commands, name=name)
     return commands
+
+
+#: Of several modules: text for pre-training, files of tasks.
+DATA = group("data", "Make pre-training data of text, look into them, and into the files of tasks.")
 
 
 def command(
@@ -84,7 +89,7 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
             _fail(f'{error.name} is not installed; it comes with: pip install "bert_fast[demo,train,bench]"')
         except OSError as error:
             _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:  # the latter: a step of training that is not finite
             _fail(str(error))
 
     return guarded

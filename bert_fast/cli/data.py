@@ -7,12 +7,10 @@ from typing import Annotated
 
 import typer
 
-from bert_fast.cli._app import command, group
-
-data = group("data", "Make pre-training data of text, and look into them.")
+from bert_fast.cli._app import DATA, command
 
 
-@command(into=data)
+@command(into=DATA)
 def pretrain(
     input: Annotated[
         list[Path],
@@ -103,7 +101,7 @@ def pretrain(
     print(statistics(output, build(input, tokenizer, output, options, entities=entities, num_workers=num_workers)))
 
 
-@command(into=data)
+@command(into=DATA)
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What bert-fast data pretrain wrote.")],
     num_instances: Annotated[int, typer.Option("--num-instances", "-n", min=0, help="How many are printed.")] = 3,

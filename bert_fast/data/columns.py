@@ -43,7 +43,7 @@ def find_columns(
     for role, column in given.items():
         if role not in roles:
             raise ValueError(f"there is no role {role!r} to give a column to; there are: {', '.join(roles)}")
-        for part in parts(table, column):
+        for part in parts(table, column) if role != target or request.labelled else ():
             _require(table, part)
     inputs = {role: column for role, column in given.items() if role not in (target, "id")}
     for layout in layouts:
@@ -59,11 +59,12 @@ def find_columns(
     if "id" in given or any(name in table.columns for name in IDS):
         found["id"] = given.get("id") or next(name for name in IDS if name in table.columns)
     if request.labelled is not False:
-        label = given.get(target) or next((name for name in targets if name in table.columns), None)
+        usual = [given[target]] if target in given else targets
+        label = next((name for name in usual if all(part in table.columns for part in parts(table, name))), None)
         if label is not None:
             found[target] = label
         elif request.labelled:
-            raise ValueError(f"{table.path} has no column {targets[0]!r}; it has: {_names(table)}")
+            raise ValueError(f"{table.path} has no column {' or '.join(map(repr, usual))}; it has: {_names(table)}")
     return found
 
 

@@ -17,7 +17,7 @@ from bert_fast.data.tables import load_json, open_table
 
 ALIASES = {"negative": "neg", "positive": "pos"}
 WORD_INDEX = "imdb_word_index.json"
-#: What Keras' `load_data` puts before a review, and in the place of a word that it leaves out; how far it moves ranks.
+#: Of Keras' `load_data`: what stands before each review, what for a word left out, and what is added to ranks.
 START, UNKNOWN, INDEX_FROM = 1, 2, 3
 
 
@@ -118,30 +118,39 @@ def load_array(path: Path, name: str) -> np.ndarray:
             if version != (1, 0):
                 read_header = np.lib.format.read_array_header_2_0
             shape, _, dtype = read_header(file)
-            if dtype.hasobject:
-                array = _ArraysOnly(file, encoding="latin1").load()
-            else:
-                array = np.frombuffer(file.read(), dtype).reshape(shape)
-    except (KeyError, zipfile.BadZipFile, EOFError) as error:
+            array = _unpickle(file) if dtype.hasobject else np.frombuffer(file.read(), dtype).reshape(shape)
+    except (KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} has no array {name!r}: {error}") from error
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: the array {name!r} is refused: {error}") from error
     if not isinstance(array, np.ndarray) or array.ndim < 1:
         raise ValueError(f"{path}: {name!r} is a {type(array).__name__}, expected an array")
     return array
 
 
+def _unpickle(file: IO[bytes]) -> Any:
+    try:
+        return _ArraysOnly(file, encoding="latin1").load()
+    except (TypeError, AttributeError, IndexError, KeyError) as error:  # what a pickle gives that was made to break
+        raise pickle.UnpicklingError(str(error)) from error
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How old protocols write bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it encodes as {encoding}")
+    return text.encode("latin1")
+
+
 class _ArraysOnly(pickle.Unpickler):
     """Knows arrays, and what Python makes of numbers and lists without a name."""
 
     ALLOWED: ClassVar = {
+        ("_codecs", "encode"): _latin1,
         ("multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
     }
-
-    def __init__(self, file: IO[bytes], encoding: str) -> None:
-        super().__init__(file, encoding=encoding)
 
     def find_class(self, module: str, name: str) -> Any:
         root, _, leaf = module.rpartition(".")

@@ -46,6 +46,6 @@ def read_sentences(request: Request, *, max_score: float = 1.0) -> Examples:
             except (TypeError, ValueError):
                 raise cells.wrong("score", number, value, "a number") from None
             if not -1 <= score <= 1:
-                raise cells.wrong("score", number, value, f"a number from {-max_score:g} to {max_score:g} (max_score)")
+                raise cells.wrong("score", number, value, f"a number from {-max_score:g} to {max_score:g}, max_score")
         examples.append(SentencesExample(name, texts, score))
     return Examples(tuple(examples), dict(table.skipped))

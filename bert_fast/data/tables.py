@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+
+from bert_fast.lines import decoded, json_object, json_value
 
 FORMATS = ("csv", "tsv", "jsonl", "json", "parquet")
 WRONG_NUMBER_OF_COLUMNS = "a row with a wrong number of columns"
@@ -94,13 +95,10 @@ def read_lines(path: Path) -> Iterator[str]:
         ValueError: a line is not UTF-8, with its number; the file is not the gzip file that its name says.
         OSError: it cannot be read.
     """
-    number = 0
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {number} is not UTF-8: {error}") from error
+            for _, line in decoded(file, str(path), keep_ends=True):
+                yield line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from error
 
@@ -110,10 +108,7 @@ def load_json(path: Path) -> Any:
     text = "".join(read_lines(path))
     if not text.strip():
         raise ValueError(f"{path} is empty")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    return json_value(text, str(path))
 
 
 def _open(path: Path) -> BinaryIO:
@@ -172,11 +167,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {error}") from error
-        yield number, _object(record, where)
+        yield number, json_object(json_value(line, where), where)
 
 
 def _json(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -185,13 +176,7 @@ def _json(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         value = value["data"]
     if not isinstance(value, list):
         raise ValueError(f'{path} holds a {type(value).__name__}, expected a list of objects or {{"data": [...]}}')
-    yield from ((number, _object(record, f"{path}, record {number}")) for number, record in enumerate(value, 1))
-
-
-def _object(record: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is a JSON {type(record).__name__}, expected an object")
-    return record
+    yield from ((number, json_object(record, f"{path}, record {number}")) for number, record in enumerate(value, 1))
 
 
 def _open_parquet(path: Path) -> Table:
@@ -204,5 +189,14 @@ def _open_parquet(path: Path) -> Table:
         file = ParquetFile(path)
     except ArrowException as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
-    batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=4096))
-    return Table(path, "row", tuple(file.schema_arrow.names), enumerate(chain.from_iterable(batches), 1))
+    return Table(path, "row", tuple(file.schema_arrow.names), enumerate(_parquet_rows(path, file), 1))
+
+
+def _parquet_rows(path: Path, file: Any) -> Iterator[Mapping[str, Any]]:
+    from pyarrow import ArrowException
+
+    try:
+        for batch in file.iter_batches(batch_size=4096):
+            yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:  # a page that is not what it was
+        raise ValueError(f"{path} cannot be read: {error}") from error

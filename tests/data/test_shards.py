@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from bert_fast import disk
 from bert_fast.data.inspect import instances, statistics
 from bert_fast.data.instances import BATCH, Options
 from bert_fast.data.pretraining import ShardDataset

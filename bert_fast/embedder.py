@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Embedder:
             GPU; None for that of the weights.
         free_originals: keep the weights only in that precision; see `accelerate`.
         max_seq_length: the most tokens of a text; None for what the folder says. Longer texts lose their end.
+        unknown, entities: what becomes of words that are not in the vocabulary, as `Tokenizer` takes them.
         revision, local_files_only, allow_pickle: as in `from_pretrained`.
 
     Raises:
@@ -68,6 +69,8 @@ class Embedder:
         precision: str | None = None,
         free_originals: bool = False,
         max_seq_length: int | None = None,
+        unknown: str = "unk",
+        entities: Mapping[str, str] | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
         allow_pickle: bool = False,
@@ -85,7 +88,9 @@ class Embedder:
         engine.set_precision(self.model, precision, self.model.engine)
         if free_originals:
             engine.release(self.model)
-        self.tokenizer = Tokenizer.from_pretrained(self.recipe.transformer, lowercase=self.recipe.do_lower_case)
+        self.tokenizer = Tokenizer.from_pretrained(
+            self.recipe.transformer, lowercase=self.recipe.do_lower_case, unknown=unknown, entities=entities
+        )
         positions = config.max_position_embeddings
         if max_seq_length is not None and not 2 < max_seq_length <= positions:
             raise ValueError(

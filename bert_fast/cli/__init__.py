@@ -5,7 +5,20 @@ A module holds the commands of one subject, and registers them when it is import
 
 from __future__ import annotations
 
-from bert_fast.cli import data, data_tasks, distill, export, fill, finetune, inference, search_hparams, transfer, vocab
+from bert_fast.cli import (
+    data,
+    data_tasks,
+    distill,
+    export,
+    fill,
+    finetune,
+    inference,
+    pretrain,
+    reporting,
+    search_hparams,
+    transfer,
+    vocab,
+)
 from bert_fast.cli._app import app
 
 __all__ = [
@@ -17,6 +30,8 @@ __all__ = [
     "fill",
     "finetune",
     "inference",
+    "pretrain",
+    "reporting",
     "search_hparams",
     "transfer",
     "vocab",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,13 +13,22 @@ from bert_fast.tasks.metrics import answer_scores, entity_scores_by_type, precis
 
 #: How many errors, labels of a matrix, and characters of a text are shown.
 ERRORS, LABELS, CHARACTERS = 20, 20, 500
+#: Labels of a matrix that is no wider than half of the page.
+NARROW = 5
 
 Line = Mapping[str, Any]
-Section = tuple[str, Markup]
+
+
+class Section(NamedTuple):
+    """A part of the report; a wide one stands beside no other."""
+
+    title: str
+    content: Markup
+    wide: bool = False
 
 
 def findings(kind: str, lines: Sequence[Line], labels: Sequence[str]) -> list[Section]:
-    """Title and content of each section about the predictions of a split, each line with its `example`."""
+    """The sections about the predictions of a split, each line with its `example`."""
     return _KINDS[kind](lines, labels)
 
 
@@ -28,79 +37,81 @@ def findings(kind: str, lines: Sequence[Line], labels: Sequence[str]) -> list[Se
 
 def _classification(lines: Sequence[Line], labels: Sequence[str]) -> list[Section]:
     known = [line for line in lines if line["example"]["label"] is not None]
-    if lines and isinstance(lines[0]["label"], list):
+    if isinstance(lines[0]["label"], list):
         return _several(known, labels)
-    if lines and isinstance(lines[0]["label"], float):
+    if isinstance(lines[0]["label"], float):
         return _numbers(known, "label", "label")
-    return _one_of(lines, known, list(labels), lambda line: line["probabilities"], _texts)
+    said = [_Said(ln["example"]["label"], ln["label"], max(ln["probabilities"].values()), ln) for ln in lines]
+    return _one_of(said, labels, _texts)
 
 
 def _choices(lines: Sequence[Line], labels: Sequence[str]) -> list[Section]:
     def shown(line: Line) -> Markup:
         texts = [" ".join(filter(None, choice)) for choice in line["example"]["choices"]]
-        right, said = line["example"]["label"], line["label"]
-        marks = {right: "right", said: "wrong"}
+        marks = {line["label"]: "wrong", line["example"]["label"]: "right"}
         return joined(element("div", f"{i}. ", _cut(t), class_=marks.get(i, "soft")) for i, t in enumerate(texts))
 
-    places = [str(place) for place in range(max((len(line["probabilities"]) for line in lines), default=0))]
-    renamed = [
-        {**line, "label": str(line["label"]), "example": {**line["example"], "label": _name(line["example"]["label"])}}
-        for line in lines
-    ]
-    originals = {id(new): line for new, line in zip(renamed, lines, strict=True)}
-    known = [line for line in renamed if line["example"]["label"] is not None]
-    return _one_of(
-        renamed,
-        known,
-        places,
-        lambda line: dict(zip(places, line["probabilities"], strict=False)),
-        lambda line: shown(originals[id(line)]),
-    )
+    said = []
+    for line in lines:
+        expected = line["example"]["label"]
+        wanted = None if expected is None else str(expected)
+        said.append(_Said(wanted, str(line["label"]), max(line["probabilities"]), line))
+    places = range(max((len(line["probabilities"]) for line in lines), default=0))
+    return _one_of(said, [str(place) for place in places], shown)
 
 
-def _name(label: Any) -> str | None:
-    return None if label is None else str(label)
+class _Said(NamedTuple):
+    """One of several labels, and what is expected; None where that is not known."""
+
+    expected: str | None
+    label: str
+    probability: float
+    line: Line
 
 
-def _one_of(
-    lines: Sequence[Line],
-    known: Sequence[Line],
-    labels: list[str],
-    probabilities: Callable[[Line], Mapping[str, float]],
-    shown: Callable[[Line], Markup],
-) -> list[Section]:
+def _one_of(said: Sequence[_Said], labels: Sequence[str], shown: Callable[[Line], Markup]) -> list[Section]:
     """One label each."""
-    given = Counter(line["label"] for line in lines)
+    known = [one for one in said if one.expected is not None]
+    given = Counter(one.label for one in known or said)
     if not known:
-        return [("Labels given", bars({"given": {label: given[label] for label in labels}}))]
-    expected = Counter(line["example"]["label"] for line in known)
-    pairs = Counter((line["example"]["label"], line["label"]) for line in known)
-    most = [label for label, _ in (expected + given).most_common(LABELS)]
-    kept = [label for label in labels if label in most]
-    left_out = f"The {len(kept)} most frequent of {len(labels)} labels." if len(kept) < len(labels) else ""
-    confusion = matrix(kept, [[pairs[row, column] for column in kept] for row in kept])
+        return [Section("Labels predicted", bars({"predicted": {label: given[label] for label in labels}}))]
+    expected = Counter(one.expected for one in known)
+    pairs = Counter((one.expected, one.label) for one in known)
+    kept = _most_frequent(labels, expected + given)
     rows = []
     for label in labels:
         scores = precision_recall_f1(expected[label], given[label], pairs[label, label])
         rows.append([label, *scores.values(), expected[label]])
-    confident = [max(probabilities(line).values()) for line in known]
-    right = [line["label"] == line["example"]["label"] for line in known]
-    wrong = sorted(
-        (pair for pair, ok in zip(zip(known, confident, strict=True), right, strict=True) if not ok),
-        key=lambda p: -p[1],
-    )
+    wrong = sorted((one for one in known if one.label != one.expected), key=lambda one: -one.probability)
     errors = [
-        [shown(line), element("span", line["example"]["label"], class_="right"), _said(line["label"]), sure]
-        for line, sure in wrong[:ERRORS]
+        [shown(one.line), element("span", one.expected, class_="right"), _wrong(one.label), one.probability]
+        for one in wrong[:ERRORS]
     ]
-    distribution = bars({"expected": {n: expected[n] for n in labels}, "given": {n: given[n] for n in labels}})
+    distribution = {"expected": {n: expected[n] for n in kept}, "predicted": {n: given[n] for n in kept}}
+    probabilities = np.array([one.probability for one in known])
+    right = np.array([one.label == one.expected for one in known])
+    header = ["", "expected", "predicted", "probability"]
     return [
-        ("Confusion matrix", joined([element("p", left_out, class_="soft"), confusion] if left_out else [confusion])),
-        ("Classes", table(["label", "precision", "recall", "F1", "support"], rows)),
-        ("Labels", distribution),
-        ("Calibration", calibration(np.array(confident), np.array(right))),
-        _errors(errors, len(wrong), len(known), ["", "expected", "given", "probability"], "the most confident first"),
+        _confusion(kept, labels, pairs),
+        Section("Classes", table(["label", "precision", "recall", "F1", "support"], rows)),
+        Section("Labels", bars(distribution)),
+        Section("Calibration", calibration(probabilities, right)),
+        _errors(errors, len(wrong), len(known), header, "the most confident first"),
     ]
+
+
+def _most_frequent(labels: Sequence[str], counts: Counter[Any]) -> list[str]:
+    """Those of which there are the most, in the order of the labels."""
+    most = {label for label, _ in counts.most_common(LABELS)}
+    return [label for label in labels if label in most]
+
+
+def _confusion(kept: Sequence[str], labels: Sequence[str], pairs: Mapping[tuple[Any, Any], int]) -> Section:
+    """Of the labels that are kept; `pairs` are (expected, predicted) -> count."""
+    parts = [matrix(kept, [[pairs[row, column] for column in kept] for row in kept])]
+    if len(kept) < len(labels):
+        parts.insert(0, element("p", f"The {len(kept)} most frequent of {len(labels)} labels.", class_="soft"))
+    return Section("Confusion matrix", joined(parts), len(kept) > NARROW)
 
 
 def calibration(confident: np.ndarray, right: np.ndarray, bins: int = 10) -> Markup:
@@ -115,11 +126,11 @@ def calibration(confident: np.ndarray, right: np.ndarray, bins: int = 10) -> Mar
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], linestyle=":", color="#8a8f98", label="calibrated")
         axes.plot(confidence, accuracy, marker="o", markersize=4, label="this model")
-        axes.set(xlabel="probability of the label that was given", ylabel="share that is right", ylim=(-0.03, 1.03))
+        axes.set(xlabel="probability of the predicted label", ylabel="share that is right", ylim=(-0.03, 1.03))
         axes.legend(loc="upper left")
 
     told = f"Expected calibration error over {bins} bins: {error:.3f}"
-    return joined([element("p", told), figure("Calibration", draw)])
+    return joined([element("p", told), figure("Reliability", draw)])
 
 
 def _several(known: Sequence[Line], labels: Sequence[str]) -> list[Section]:
@@ -142,13 +153,15 @@ def _several(known: Sequence[Line], labels: Sequence[str]) -> list[Section]:
         for label in labels
     ]
     errors = [
-        [_texts(line), ", ".join(line["example"]["label"]), _said(", ".join(line["label"])), off]
+        [_texts(line), ", ".join(line["example"]["label"]), _wrong(", ".join(line["label"])), off]
         for off, line in wrong[:ERRORS]
     ]
     return [
-        ("Classes", table(["label", "precision", "recall", "F1", "support"], rows)),
-        ("Labels", bars({"expected": {n: expected[n] for n in labels}, "given": {n: given[n] for n in labels}})),
-        _errors(errors, len(wrong), len(known), ["", "expected", "given", "off by"], "the most confident first"),
+        Section("Classes", table(["label", "precision", "recall", "F1", "support"], rows)),
+        Section(
+            "Labels", bars({"expected": {n: expected[n] for n in labels}, "predicted": {n: given[n] for n in labels}})
+        ),
+        _errors(errors, len(wrong), len(known), ["", "expected", "predicted", "off by"], "the most confident first"),
     ]
 
 
@@ -162,13 +175,13 @@ def _numbers(known: Sequence[Line], said: str, wanted: str) -> list[Section]:
         axes.scatter(*pairs.T, s=9, alpha=0.6)
         low, high = pairs[:, 0].min(), pairs[:, 0].max()
         axes.plot([low, high], [low, high], linestyle=":", color="#8a8f98")
-        axes.set(xlabel="expected", ylabel="given")
+        axes.set(xlabel="expected", ylabel="predicted")
 
     order = np.argsort(-np.abs(pairs[:, 0] - pairs[:, 1]), kind="stable")[:ERRORS]
     errors = [[_texts(known[i]), *pairs[i].tolist(), float(pairs[i, 1] - pairs[i, 0])] for i in order]
     return [
-        ("Expected and given", element("div", figure("Expected and given", draw), class_="plots")),
-        ("Worst errors", table(["", "expected", "given", "difference"], errors, class_="full")),
+        Section("Expected and predicted", figure("Expected and predicted", draw)),
+        Section("Worst errors", table(["", "expected", "predicted", "difference"], errors, class_="full"), True),
     ]
 
 
@@ -177,28 +190,29 @@ def _numbers(known: Sequence[Line], said: str, wanted: str) -> list[Section]:
 
 def _tokens(lines: Sequence[Line], labels: Sequence[str]) -> list[Section]:
     known = [line for line in lines if line["example"]["tags"] is not None]
-    given = Counter(tag for line in lines for tag in line["tags"])
+    given = Counter(tag for line in known or lines for tag in line["tags"])
     if not known:
-        return [("Tags given", bars({"given": {label: given[label] for label in labels}}))]
+        return [Section("Tags predicted", bars({"predicted": {label: given[label] for label in labels}}))]
     expected, said = [line["example"]["tags"] for line in known], [line["tags"] for line in known]
     pairs = Counter(pair for a, b in zip(expected, said, strict=True) for pair in zip(a, b, strict=True))
     wanted = Counter(tag for tags in expected for tag in tags)
-    most = {label for label, _ in (wanted + given).most_common(LABELS)}
-    kept = [label for label in labels if label in most]
-    sections = [("Confusion matrix", matrix(kept, [[pairs[row, column] for column in kept] for row in kept]))]
+    kept = _most_frequent(labels, wanted + given)
+    sections = [_confusion(kept, labels, pairs)]
     if all(label == "O" or label[:2] in ("B-", "I-") for label in labels):
         rows: list[list[Any]] = [
             [name, scores["precision"], scores["recall"], scores["f1"], int(scores["support"])]
             for name, scores in entity_scores_by_type(expected, said).items()
         ]
-        sections.insert(0, ("Entities", table(["type", "precision", "recall", "F1", "support"], rows)))
+        sections.insert(0, Section("Entities", table(["type", "precision", "recall", "F1", "support"], rows)))
     else:
         rows = [
             [tag, *precision_recall_f1(wanted[tag], given[tag], pairs[tag, tag]).values(), wanted[tag]]
             for tag in labels
         ]
-        sections.insert(0, ("Tags", table(["tag", "precision", "recall", "F1", "support"], rows)))
-    sections.append(("Labels", bars({"expected": dict(wanted.most_common()), "given": {n: given[n] for n in wanted}})))
+        sections.insert(0, Section("Tags", table(["tag", "precision", "recall", "F1", "support"], rows)))
+    sections.append(
+        Section("Labels", bars({"expected": dict(wanted.most_common()), "predicted": {n: given[n] for n in wanted}}))
+    )
     wrong = [
         (sum(a != b for a, b in zip(e, s, strict=True)), i) for i, (e, s) in enumerate(zip(expected, said, strict=True))
     ]
@@ -236,22 +250,22 @@ def _answers(lines: Sequence[Line], labels: Sequence[str]) -> list[Section]:
     for exact, overlap in scores:
         groups["exact" if exact else "partly right" if overlap else "wrong"] += 1
     if any("null_score" in line for line in known):
-        groups["no answer given"] = sum(not line["answer"] for line in known)
+        groups["no answer predicted"] = sum(not line["answer"] for line in known)
         groups["no answer expected"] = sum(not texts for texts in gold)
     order = sorted((i for i in range(len(known)) if f1[i] < 1), key=lambda i: (f1[i] > 0, -known[i]["score"]))
     errors = [
         [
             joined([element("b", known[i]["example"]["question"]), element("div", _context(known[i]["example"]))]),
             element("span", " / ".join(dict.fromkeys(gold[i])) or "no answer", class_="right"),
-            _said(known[i]["answer"] or "no answer"),
+            _wrong(known[i]["answer"] or "no answer"),
             float(f1[i]),
             known[i]["score"],
         ]
         for i in order[:ERRORS]
     ]
-    header = ["question, and where its answer is", "expected", "given", "F1", "probability"]
+    header = ["question, and where its answer is", "expected", "predicted", "F1", "probability"]
     return [
-        ("Answers", bars({"questions": groups})),
+        Section("Answers", bars({"questions": groups})),
         _errors(
             errors, len(order), len(known), header, "without a right word, the most confident first; then the others"
         ),
@@ -296,9 +310,10 @@ def _vectors(lines: Sequence[Line], labels: Sequence[str]) -> list[Section]:
 
 def _errors(rows: list[list[Any]], wrong: int, total: int, header: Sequence[str], order: str) -> Section:
     if not wrong:
-        return "Errors", element("p", f"None in {total:,} examples.")
+        return Section("Worst errors", element("p", f"None in {total:,} examples."), True)
     shown = f"{wrong:,} of {total:,} examples are not right; " + (f"{len(rows)} of them, " if wrong > len(rows) else "")
-    return "Worst errors", joined([element("p", shown + order + "."), table(header, rows, class_="full")])
+    content = [element("p", shown + order + "."), table(header, rows, class_="full")]
+    return Section("Worst errors", joined(content), True)
 
 
 def _texts(line: Line) -> Markup:
@@ -306,7 +321,7 @@ def _texts(line: Line) -> Markup:
     return joined(element("div", _cut(part)) for part in (example["text"], example.get("text_pair")) if part)
 
 
-def _said(label: str) -> Markup:
+def _wrong(label: str) -> Markup:
     return element("span", label, class_="wrong")
 
 

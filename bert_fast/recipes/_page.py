@@ -27,17 +27,19 @@ h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .7
 p { margin: .3rem 0 .6rem; } .soft, caption, figcaption { color: var(--soft); } .wide { overflow-x: auto; }
 .cards, .plots, .pair { display: grid; gap: 1rem; align-items: start; }
 .cards { grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); margin: .6rem 0; }
-.plots { grid-template-columns: repeat(auto-fit, minmax(21rem, 1fr)); }
-.pair { grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
+.plots { grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); }
+.pair { grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 0 2rem; }
+.pair > * { min-width: 0; } .all { grid-column: 1 / -1; }
 .card, figure { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
 .card b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; } .card.main b { color: var(--main); }
-.card small { color: var(--soft); display: block; } figure { margin: 0; } figure svg { width: 100%; height: auto; }
+.card small { color: var(--soft); display: block; } figure { margin: 0; max-width: 34rem; }
+figure svg { width: 100%; height: auto; }
 figcaption { font-weight: 600; color: var(--ink); } svg text { font-family: inherit !important; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 table.full { width: 100%; } caption { text-align: left; padding-bottom: .3rem; }
 th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap; }
-td { overflow-wrap: anywhere; } table.matrix td, table.matrix th { overflow-wrap: normal; }
+td { overflow-wrap: break-word; } table.full td { overflow-wrap: anywhere; }
 table.matrix td.number { min-width: 3.2rem; border: 1px solid var(--line); }
 .bar { display: inline-block; height: .7em; border-radius: .2em; background: var(--main); vertical-align: baseline; }
 .bar.other { background: #f97316; } .right { color: var(--right); } .wrong { color: var(--wrong); }
@@ -91,15 +93,16 @@ def number(value: Any) -> str:
 
 
 def table(header: Sequence[Any], rows: Iterable[Sequence[Any]], *, caption: str = "", class_: str = "") -> Markup:
-    """Numbers to the right. Wide ones scroll on their own."""
+    """Numbers to the right; without a header, if that is empty. Wide ones scroll on their own."""
     body = [list(row) for row in rows]
-    numeric = [bool(body) and all(_is_numeric(row[i]) for row in body) for i in range(len(header))]
+    width = len(body[0]) if body else len(header)
+    numeric = [bool(body) and all(_is_numeric(row[i]) for row in body) for i in range(width)]
 
     def cell(name: str, value: Any, right: bool) -> Markup:
         shown = value if isinstance(value, str) else number(value)
         return element(name, shown, class_="number") if right else element(name, shown)
 
-    lines = [element("tr", *(cell("th", value, right) for value, right in zip(header, numeric, strict=True)))]
+    lines = [element("tr", *(cell("th", v, right) for v, right in zip(header, numeric, strict=True)))] if header else []
     lines += [element("tr", *(cell("td", v, right) for v, right in zip(row, numeric, strict=True))) for row in body]
     titled = [element("caption", caption)] if caption else []
     return element("div", element("table", *titled, *lines, class_=class_), class_="wide")
@@ -116,7 +119,7 @@ def card(name: str, value: Any, note: str = "", *, main: bool = False) -> Markup
 
 
 def matrix(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> Markup:
-    """A confusion matrix: a row for each label that was expected, a column for each one that was given."""
+    """A confusion matrix: a row for each label that was expected, a column for each predicted one."""
     lines = [element("tr", element("th", "expected"), *(element("th", label, class_="number") for label in labels))]
     for index, (label, row) in enumerate(zip(labels, counts, strict=True)):
         total = max(sum(row), 1)
@@ -131,7 +134,9 @@ def matrix(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> Markup:
             for column, count in enumerate(row)
         ]
         lines.append(element("tr", element("th", label), *cells))
-    caption = element("caption", "given, in columns; the share of a row is its colour")
+    caption = element(
+        "caption", "A row for each expected label, a column for each predicted one; coloured by the share of the row."
+    )
     return element("div", element("table", caption, *lines, class_="matrix"), class_="wide")
 
 
@@ -142,17 +147,16 @@ def bars(groups: Mapping[str, Mapping[str, int]]) -> Markup:
     rows = []
     for name in names:
         values = [counts.get(name, 0) for counts in groups.values()]
-        drawn = [
-            Markup(
-                f'<div><span class="bar{" other" if i else ""}" style="width: {9 * value / most:.2f}rem"></span></div>'
-            )
-            for i, value in enumerate(values)
-        ]
+        drawn = [element("div", _bar(i, 7 * value / most)) for i, value in enumerate(values)]
         rows.append([name, *values, joined(drawn)])
-    return table(["label", *groups, ""], rows)
+    return table(["", *(joined([_bar(i, 0.7), name]) for i, name in enumerate(groups)), ""], rows)
 
 
-def figure(title: str, draw: Callable[[Any], None], *, size: tuple[float, float] = (4.6, 2.7)) -> Markup:
+def _bar(group: int, width: float) -> Markup:
+    return element("span", class_="bar other" if group else "bar", style=f"width: {width:.2f}rem")
+
+
+def figure(title: str, draw: Callable[[Any], None], *, size: tuple[float, float] = (4.0, 2.4)) -> Markup:
     """A plot of matplotlib, as SVG in the page. `draw` is given the axes."""
     import matplotlib
     from matplotlib.figure import Figure

@@ -68,12 +68,15 @@ def write_report(folder: str | Path) -> Path:
         body += [element("h2", "Curves"), element("div", *curves, class_="plots")]
     for split, path in predictions.items():
         lines = read_predictions(path)
-        for title, content in _found(path, results, lines):
-            body += [element("h2", f"{title}: {split}"), content]
+        sections = [
+            element("section", element("h3", section.title), section.content, class_="all" if section.wide else "part")
+            for section in _found(path, results, lines)
+        ]
+        body += [element("h2", f"Predictions: {split}"), element("div", *sections, class_="pair")]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     body.append(element("p", versions, class_="soft"))
     with replacing(folder / REPORT_FILE) as file:
-        file.write(page(f"{results['task']}: {results['model']}", *body))
+        file.write(page(_title(results), *body))
     return folder / REPORT_FILE
 
 
@@ -94,9 +97,13 @@ def _found(path: Path, results: Mapping[str, Any], lines: Sequence[Mapping[str, 
         raise ValueError(f"{path} has predictions without {error}, which those of {results['kind']} have") from error
 
 
+def _title(results: Mapping[str, Any]) -> str:
+    return f"{results['model']}, fine-tuned for {results['task'].replace('_', ' ')}"
+
+
 def _head(results: Mapping[str, Any]) -> Markup:
-    title = DATASETS[results["task"]].title if results["task"] in DATASETS else results["kind"].replace("_", " ")
-    return joined([element("h1", f"{results['task']}: {results['model']}"), element("p", title, class_="soft")])
+    asked = [element("p", DATASETS[results["task"]].title, class_="soft")] if results["task"] in DATASETS else []
+    return joined([element("h1", _title(results)), *asked])
 
 
 def _scores(results: Mapping[str, Any], split: str) -> Markup:
@@ -110,7 +117,7 @@ def _scores(results: Mapping[str, Any], split: str) -> Markup:
 
 def _run(results: Mapping[str, Any]) -> Markup:
     settings, train = results["settings"], results["train"]
-    rows = [("model", results["model"]), ("task", f"{results['task']} ({results['kind'].replace('_', ' ')})")]
+    rows = [("model", results["model"]), ("task", results["task"]), ("kind of task", results["kind"])]
     for name in ("train_file", "validation_file", "test_file", "data_dir"):
         if settings.get(name):
             rows.append((name.replace("_", " "), settings[name]))
@@ -121,12 +128,12 @@ def _run(results: Mapping[str, Any]) -> Markup:
         ("steps", number(train["steps"])),
         ("seconds of training", f"{train['seconds']:,.1f}"),
         ("tokens per second", f"{train['tokens_per_second']:,.0f}"),
-        ("cut to the greatest length", number(train["num_truncated"])),
+        ("examples that were cut", number(train["num_truncated"])),
     ]
     rows += [(f"left out: {reason}", number(count)) for reason, count in train["skipped"].items()]
     told = {**settings.get("task_options", {}), **settings.get("arguments", {})}
     options = [(name.replace("_", " "), _option(value)) for name, value in told.items()]
-    tables = [table(["", "what was run"], rows), *([table(["", "options"], options)] if options else [])]
+    tables = [table([], rows), *([table([], options)] if options else [])]
     return element("div", *tables, class_="pair")
 
 

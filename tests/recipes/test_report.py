@@ -6,7 +6,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from bert_fast.cli import app
 from bert_fast.recipes.report import PUBLISHED, write_report
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
@@ -194,7 +196,7 @@ def test_one_file_in_which_no_text_runs(tmp_path, kind):
 
 def row_of(source, heading, first):
     """The cells of the row that begins so, in the section of this heading."""
-    section = source.split(f"<h2>{heading}: validation</h2>")[1].split("<h2>")[0]
+    section = source.split(f"<h3>{heading}</h3>")[1].split("</section>")[0]
     row = re.search(rf"<tr><t[dh][^>]*>{first}</t[dh]>(.*?)</tr>", section)[1]
     return re.findall(r"<td[^>]*>([^<]*)</td>", row)
 
@@ -211,7 +213,7 @@ def test_classes_as_scikit_learn_has_them(tmp_path):
         numbers = [float(cell) for cell in row_of(source, "Classes", label)]
         assert numbers == pytest.approx([column[index] for column in wanted], abs=6e-5)
         assert [int(cell) for cell in row_of(source, "Confusion matrix", label)] == confusion[index].tolist()
-    errors = source.split("<h2>Worst errors: validation</h2>")[1]
+    errors = source.split("<h3>Worst errors</h3>")[1]
     wrong = sorted(
         (max(x["probabilities"].values()) for x in lines if x["label"] != x["example"]["label"]), reverse=True
     )
@@ -227,7 +229,7 @@ def test_classes_as_scikit_learn_has_them(tmp_path):
 
 def test_answers_and_entities(tmp_path):
     source = write_report(make(tmp_path / "qa", "question_answering")).read_text(encoding="utf-8")
-    for name, count in (("exact", 1), ("partly right", 1), ("wrong", 2), ("no answer given", 1)):
+    for name, count in (("exact", 1), ("partly right", 1), ("wrong", 2), ("no answer predicted", 1)):
         assert row_of(source, "Answers", name)[0] == str(count)
     assert "<mark>whale oil</mark>" in source
     assert source.index("1926</span>") < source.index("lamp burned whale oil</span>")  # wrong before partly right
@@ -252,9 +254,9 @@ def test_predictions_without_labels_and_no_curves(tmp_path):
         line["example"]["label"] = None
     (folder / "predictions_test.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     source = write_report(folder).read_text(encoding="utf-8")
-    assert "<h2>Labels given: test</h2>" in source
+    assert "<h3>Labels predicted</h3>" in source.split("<h2>Predictions: test</h2>")[1].split("<h2>")[0]
     assert "<h2>Curves</h2>" not in source
-    assert "<h2>Worst errors: test</h2>" not in source
+    assert "Worst errors" not in source.split("<h2>Predictions: test</h2>")[1].split("<h2>")[0]
 
 
 def test_folders_that_are_none(tmp_path):
@@ -275,3 +277,21 @@ def test_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"predictions_validation\.jsonl has predictions without 'tags', which those"):
         write_report(folder)
     assert not (folder / "report.html").exists()
+
+
+def command(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_commands(tmp_path):
+    folder = make(tmp_path / "run", "regression")
+    assert command("report", folder).stdout.strip() == str(folder / "report.html")
+    done = command(
+        "submission", folder / "predictions_validation.jsonl", "--task_name", "stsb", "--output_dir", tmp_path / "out"
+    )
+    assert done.stdout.strip() == str(tmp_path / "out" / "STS-B.tsv")
+    bad = command("report", tmp_path)
+    assert (bad.exit_code, bad.stdout) == (2, "")
+    assert bad.stderr.strip().endswith("has no results.json: it is not a folder that bert-fast finetune left")
+    bad = command("submission", tmp_path / "none.jsonl", "--task_name", "stsb", "--output_dir", tmp_path)
+    assert (bad.exit_code, bad.stderr) == (2, f"bert-fast: {tmp_path / 'none.jsonl'}: No such file or directory\n")

@@ -21,7 +21,20 @@ from bert_fast.folders import resolve
 from bert_fast.timing import MAX_ERROR, Call, Timing, compare, using_threads
 
 #: Columns of tables that hold words.
-TEXT_COLUMNS = {"model", "case", "dtype", "contender", "best peer", "kernel", "limit", "target", "unit", "part", "task"}
+TEXT_COLUMNS = {
+    "model",
+    "case",
+    "dtype",
+    "contender",
+    "best peer",
+    "kernel",
+    "limit",
+    "target",
+    "unit",
+    "part",
+    "task",
+    "path",
+}
 
 #: A forward pass: what `Case.inputs` gives -> last hidden states (batch_size, longest, hidden_size).
 Encode = Callable[[dict[str, Tensor]], Tensor]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -46,16 +46,18 @@ class Summary(NamedTuple):
     num_texts: int
     dimension: int
     num_tokens: int
+    num_unknown: int
     num_truncated: int
     max_seq_length: int
     seconds: float
 
     def __str__(self) -> str:
         limit = f"{self.max_seq_length} tokens"
+        tokens = f"{self.num_tokens:,} tokens" + (f", {self.num_unknown:,} of them [UNK]," if self.num_unknown else "")
         cut = f"cut at {limit}: {self.num_truncated:,} of {self.num_texts:,} texts"
         return (
             f"{self.output}: {self.num_texts:,} vectors of {self.dimension} float32\n"
-            f"{self.num_tokens:,} tokens in {self.seconds:.2f} s, {self.num_tokens / self.seconds:,.0f} tokens/s; "
+            f"{tokens} in {self.seconds:.2f} s, {self.num_tokens / self.seconds:,.0f} tokens/s; "
             + (cut if self.num_truncated else f"no text has more than {limit}")
         )
 
@@ -68,6 +70,8 @@ def embed_file(
     text_field: str | None = None,
     batch_size: int = 32,
     normalize: bool = False,
+    unknown: str = "unk",
+    entities: Mapping[str, str] | None = None,
     dtype: str | None = None,
     precision: str | None = None,
     device: str | None = None,
@@ -93,9 +97,9 @@ def embed_file(
     if first is None:
         raise ValueError(f"{'stdin' if source == STDIN else source} is empty: there is nothing to embed")
     with written_at_once(output) as file:  # from here on: a place that cannot be written is found before the work
-        embedder = Embedder(model, dtype=dtype, precision=precision, device=device)
+        embedder = Embedder(model, dtype=dtype, precision=precision, device=device, unknown=unknown, entities=entities)
         started = time.perf_counter()
-        num_texts, num_tokens, num_truncated = 0, 0, 0
+        num_texts, num_tokens, num_unknown, num_truncated = 0, 0, 0, 0
         _write_header(file, num_texts, embedder.dimension)
         with progress_bar(None) as progress:
             stream = embedder.encode_stream(
@@ -105,11 +109,13 @@ def embed_file(
                 file.write(vectors)
                 num_texts += len(vectors)
                 num_tokens += len(tokens.input_ids)
+                num_unknown += tokens.num_unknown
                 num_truncated += tokens.num_truncated
         file.seek(0)
         _write_header(file, num_texts, embedder.dimension)
         seconds = time.perf_counter() - started
-    return Summary(output, num_texts, embedder.dimension, num_tokens, num_truncated, embedder.max_seq_length, seconds)
+    limit = embedder.max_seq_length
+    return Summary(output, num_texts, embedder.dimension, num_tokens, num_unknown, num_truncated, limit, seconds)
 
 
 def _write_header(file: IO[bytes], num_rows: int, width: int) -> None:

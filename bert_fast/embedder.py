@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +16,11 @@ from torch import Tensor
 
 from bert_fast import engine, ops
 from bert_fast.batching import RowBuffer, chunks, map_ahead, plan_batches
-from bert_fast.folders import read_json, resolve
+from bert_fast.folders import resolve
 from bert_fast.loading import build, parse_device, read_config, read_state_dict
-from bert_fast.ops.pooling import MODES
+from bert_fast.sentence_folder import Recipe
 from bert_fast.tokenization import TokenBatch, Tokenizer
 from bert_fast.transfer import to_device, to_host
-
-#: sentence-transformers' modules that `Embedder` understands, in the order they must stand.
-MODULES = ("Transformer", "Pooling", "Normalize")
-
-#: The keys of older pooling configurations, in the order in which sentence-transformers joins their vectors.
-OLD_POOLING_KEYS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
 
 #: The `batch_size` at which a run of the model has as many tokens as suit the device.
 DEFAULT_BATCH_SIZE = 32
@@ -56,92 +41,6 @@ class TruncationWarning(UserWarning):
     """Texts were longer than the model takes, and lost their ends."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a folder says its vectors are made.
-
-    Attributes:
-        transformer: the folder of the BERT and its tokenizer.
-        pooling_modes: of `ops.pooling`; the vectors of several are joined.
-        include_prompt: whether the tokens of a prompt are pooled with the rest.
-        normalize: scale the vectors to length 1.
-        max_seq_length: the most tokens of a text, or None where the folder does not say.
-        do_lower_case: lower-case the text before the tokenizer sees it.
-        prompts: texts put before every sentence, by name.
-        default_prompt_name: the one used when the caller names none.
-    """
-
-    transformer: Path
-    pooling_modes: tuple[str, ...] = ("mean",)
-    include_prompt: bool = True
-    normalize: bool = False
-    max_seq_length: int | None = None
-    do_lower_case: bool = False
-    prompts: dict[str, str] = field(default_factory=dict)
-    default_prompt_name: str | None = None
-
-    @classmethod
-    def read(cls, folder: Path) -> Recipe:
-        """From a sentence-transformers folder; a plain checkpoint means the mean of its tokens, as it does there.
-
-        Raises:
-            ValueError: a module or pooling mode is unknown; the message lists those known.
-        """
-        if not (folder / "modules.json").is_file():
-            return cls(transformer=folder)
-        modules = _modules(folder)
-        transformer = folder / modules["Transformer"]
-        pooling = read_json(folder / modules["Pooling"] / "config.json")
-        sentence = _optional_json(transformer / "sentence_bert_config.json")
-        settings = _optional_json(folder / "config_sentence_transformers.json")
-        return cls(
-            transformer=transformer,
-            pooling_modes=_pooling_modes(pooling, folder),
-            include_prompt=pooling.get("include_prompt", True),
-            normalize="Normalize" in modules,
-            max_seq_length=sentence.get("max_seq_length"),
-            do_lower_case=sentence.get("do_lower_case", False),
-            prompts=settings.get("prompts") or {},
-            default_prompt_name=settings.get("default_prompt_name"),
-        )
-
-
-def _modules(folder: Path) -> dict[str, str]:
-    """The path of each module in modules.json by the last part of its type."""
-    path = folder / "modules.json"
-    try:
-        modules = [(entry["type"], entry["path"]) for entry in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a list of modules with a type and a path: {error!r}") from error
-    for module_type, _ in modules:
-        package, _, rest = module_type.partition(".")
-        if package != "sentence_transformers" or rest.rpartition(".")[2] not in MODULES:
-            known = ", ".join(MODULES)
-            raise ValueError(f"{path} has a module {module_type}; those known are sentence_transformers' {known}")
-    names = tuple(module_type.rpartition(".")[2] for module_type, _ in modules)
-    if names not in (MODULES, MODULES[:2]):
-        raise ValueError(f"{path} has the modules {', '.join(names)}; expected {', '.join(MODULES)}")
-    return {name: place for name, (_, place) in zip(names, modules, strict=True)}
-
-
-def _pooling_modes(config: dict[str, Any], folder: Path) -> tuple[str, ...]:
-    """From the new key `pooling_mode` or the old ones."""
-    modes = config.get("pooling_mode")
-    if modes is None:
-        modes = [mode for key, mode in OLD_POOLING_KEYS.items() if config.get(key)] or ["mean"]
-    modes = (modes,) if isinstance(modes, str) else tuple(modes)
-    for mode in modes:
-        if mode not in MODES:
-            raise ValueError(f"{folder} asks for pooling {mode!r}, expected one of {', '.join(MODES)}")
-    if "weightedmean" in modes and not config.get("include_prompt", True):
-        raise ValueError(f"{folder} asks for pooling 'weightedmean' without the prompt, which is not supported")
-    return modes
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
 class Embedder:
     """Texts to vectors, as `SentenceTransformer` makes them. Safe to call from several threads.
 
@@ -154,6 +53,7 @@ class Embedder:
             GPU; None for that of the weights.
         free_originals: keep the weights only in that precision; see `accelerate`.
         max_seq_length: the most tokens of a text; None for what the folder says. Longer texts lose their end.
+        unknown, entities: what becomes of words that are not in the vocabulary, as `Tokenizer` takes them.
         revision, local_files_only, allow_pickle: as in `from_pretrained`.
 
     Raises:
@@ -169,6 +69,8 @@ class Embedder:
         precision: str | None = None,
         free_originals: bool = False,
         max_seq_length: int | None = None,
+        unknown: str = "unk",
+        entities: Mapping[str, str] | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
         allow_pickle: bool = False,
@@ -186,7 +88,9 @@ class Embedder:
         engine.set_precision(self.model, precision, self.model.engine)
         if free_originals:
             engine.release(self.model)
-        self.tokenizer = Tokenizer.from_pretrained(self.recipe.transformer, lowercase=self.recipe.do_lower_case)
+        self.tokenizer = Tokenizer.from_pretrained(
+            self.recipe.transformer, lowercase=self.recipe.do_lower_case, unknown=unknown, entities=entities
+        )
         positions = config.max_position_embeddings
         if max_seq_length is not None and not 2 < max_seq_length <= positions:
             raise ValueError(

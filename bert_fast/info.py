@@ -6,9 +6,9 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from bert_fast.embedder import Recipe
 from bert_fast.folders import resolve
 from bert_fast.loading import read_config, read_state_dict
+from bert_fast.sentence_folder import Recipe
 from bert_fast.tokenization import Tokenizer
 
 

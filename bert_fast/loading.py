@@ -17,10 +17,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from bert_fast import heads
+from bert_fast import heads, sentence_folder
 from bert_fast.config import BertConfig
 from bert_fast.disk import sync
 from bert_fast.folders import CONFIG_FILE, resolve
+from bert_fast.sentence_embedding import BertForSentenceEmbedding
 
 logger = logging.getLogger(__name__)
 
@@ -333,6 +334,8 @@ def _listed(names: Iterable[str], limit: int = 12) -> str:
 def save_pretrained(model: nn.Module, directory: str | Path) -> None:
     """Write `config.json` and `model.safetensors`, which transformers and `from_pretrained` read back.
 
+    Of a model that makes sentence vectors also what makes the folder one of sentence-transformers.
+
     The folder is built beside its place and put there in one step: whatever interrupts the save leaves either the old
     folder or the new one, whole. Other files of an existing folder (the tokenizer's, say) stay; weights of another
     form do not. An interrupted save may leave a folder `.NAME.HEX.saving` beside it, which nothing reads.
@@ -379,10 +382,23 @@ def write_files(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | No
     ours = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("bert_fast."))
     config = cast(BertConfig, model.config).to_dict()
     config.pop("torch_dtype", None)  # the older name of the same thing
-    config |= {"architectures": [ours.__name__], "dtype": _dtype_name(next(iter(weights.values())).dtype)}
+    is_embedding = isinstance(model, BertForSentenceEmbedding)  # which transformers knows as the encoder that it is
+    config |= {
+        "architectures": ["BertModel" if is_embedding else ours.__name__],
+        "dtype": _dtype_name(next(iter(weights.values())).dtype),
+    }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_weights(weights, folder / WEIGHTS_FILE)
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors lets only the owner read it
+    if isinstance(model, BertForSentenceEmbedding):
+        settings, dimension = model.settings, cast(BertConfig, model.config).hidden_size
+        sentence_folder.write(
+            folder,
+            settings.pooling_mode,
+            dimension,
+            normalize=settings.normalize,
+            max_seq_length=settings.max_seq_length,
+        )
 
 
 def write_weights(weights: dict[str, Tensor], path: Path) -> None:
@@ -425,8 +441,10 @@ def _put_in_place(building: Path, directory: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EBUSY, errno.EPERM):
             raise
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(building / name, directory / name)
+        for name in (WEIGHTS_FILE, *sentence_folder.FILES, CONFIG_FILE):
+            if (building / name).is_file():
+                (directory / name).parent.mkdir(exist_ok=True)
+                os.replace(building / name, directory / name)
 
 
 def _exchange(first: Path, second: Path) -> None:

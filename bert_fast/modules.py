@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bert_fast import engine, heads, masked_lm, ops, reference
+from bert_fast import engine, heads, masked_lm, ops, reference, sentence_embedding
 from bert_fast.checks import is_recorded
 from bert_fast.encoder import encode, encode_first, first_tokens
 from bert_fast.inputs import BertInputs
@@ -249,6 +249,16 @@ class BertForMultipleChoice(Pretrained, heads.BertForMultipleChoice):
     base = BertModel
 
 
+class BertForSentenceEmbedding(Pretrained, sentence_embedding.BertForSentenceEmbedding):
+    """The fast BERT with pooling. What it saves is a folder of sentence-transformers."""
+
+    base = BertModel
+
+    def pool(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """One vector for each sequence."""
+        return ops.pooling(tokens, cu_seqlens, mode=self.settings.pooling_mode)
+
+
 #: The heads by the name `from_pretrained(head=...)` takes; None is the model without one.
 HEADS: dict[str | None, type[nn.Module]] = {
     None: BertModel,
@@ -259,4 +269,5 @@ HEADS: dict[str | None, type[nn.Module]] = {
     "token_classification": BertForTokenClassification,
     "question_answering": BertForQuestionAnswering,
     "multiple_choice": BertForMultipleChoice,
+    "sentence_embedding": BertForSentenceEmbedding,
 }

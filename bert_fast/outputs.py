@@ -70,6 +70,16 @@ class QuestionAnsweringOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
+@dataclass
+class SentenceEmbeddingOutput(ModelOutput):
+    """`sentence_embedding`: (num_sequences, hidden_size)."""
+
+    loss: Tensor | None = None
+    sentence_embedding: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
 @dataclass(frozen=True)
 class Encoded:
     """What the encoder hands to a head.

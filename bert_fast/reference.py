@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_fast import heads
+from bert_fast import heads, sentence_embedding
 from bert_fast.activation import activation
 from bert_fast.config import BertConfig
 from bert_fast.inputs import BertInputs
@@ -255,5 +255,11 @@ class BertForQuestionAnswering(heads.BertForQuestionAnswering):
 
 class BertForMultipleChoice(heads.BertForMultipleChoice):
     """The plain BERT with a scorer of choices."""
+
+    base = BertModel
+
+
+class BertForSentenceEmbedding(sentence_embedding.BertForSentenceEmbedding):
+    """The plain BERT with pooling."""
 
     base = BertModel

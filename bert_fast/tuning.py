@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bert_fast.embedder import Recipe
 from bert_fast.folders import resolve
 from bert_fast.loading import read_config
+from bert_fast.sentence_folder import Recipe
 from bert_fast.timing import MAX_ERROR, Call, Timing, compare
 
 #: (hidden_size, intermediate_size) measured when no model is named: MiniLM, BERT-base, BERT-large.

@@ -13,8 +13,9 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 
-from bert_fast.embedder import Embedder, Recipe, TruncationWarning
+from bert_fast.embedder import Embedder, TruncationWarning
 from bert_fast.folders import resolve
+from bert_fast.sentence_folder import Recipe
 from bert_fast.verify import shipped_sentences
 
 pytestmark = pytest.mark.filterwarnings("ignore::bert_fast.ops.FallbackWarning")

@@ -23,12 +23,15 @@ ALLOWED = {
     "ragged": set(),
     "inputs": {"checks", "config", "ragged"},
     "heads": LIGHT,
-    "reference": LIGHT | {"heads"},
+    "sentence_embedding": LIGHT | {"heads"},
+    "reference": LIGHT | {"heads", "sentence_embedding"},
     "ops": {"kernels", "_C", "ops", "checks"},
     "encoder": LIGHT | {"ops"},
     "engine": LIGHT | {"encoder", "engine", "kernels", "ops", "_C"},
     "masked_lm": LIGHT | {"encoder", "engine", "heads", "ops"},
-    "modules": LIGHT | {"encoder", "engine", "masked_lm"} | {"heads", "reference", "ops", "loading"},
+    "modules": LIGHT
+    | {"encoder", "engine", "masked_lm"}
+    | {"heads", "reference", "ops", "loading", "sentence_embedding"},
     "electra": LIGHT | {"encoder", "engine", "masked_lm", "modules"} | {"heads", "reference", "folders", "loading"},
     "drop_in": LIGHT | {"encoder", "engine", "heads", "masked_lm", "modules", "ops"},
 }
@@ -39,7 +42,7 @@ LATE = {
 }  # fmt: skip
 ABOVE = {
     "__init__", "loading", "ladder", "tokenization", "batching", "transfer", "embedder", "bulk", "verify", "timing",
-    "benchmarking", "info", "doctor", "demo", "tuning", "cli", *LATE,
+    "benchmarking", "info", "doctor", "demo", "tuning", "cli", "sentence_folder", *LATE,
 }  # fmt: skip
 #: Imported only inside functions, by whoever imports them.
 LAZY = {

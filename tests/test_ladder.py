@@ -5,7 +5,10 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from bert_fast.cli import app
+from bert_fast.embedder import Embedder
 from bert_fast.folders import resolve
 from bert_fast.ladder import Ladder, read_entities
 from bert_fast.tokenization import Tokenizer, bert_backend
@@ -152,6 +155,27 @@ def test_the_real_vocabulary():
     assert tokenizer(sentences).num_unknown <= plain.num_unknown
     assert tokenizer(["The ☃ melts."]).input_ids.tolist() == tokenizer(["The snowman melts."]).input_ids.tolist()
     assert tokenizer(["caf☃e"]).num_unknown == 1
+
+
+def test_the_embedder_and_its_command(tmp_path):
+    (tmp_path / "entities.tsv").write_text("☃\tsnowman\n")
+    (tmp_path / "texts.txt").write_text("A ☃ melts.\n")
+    options = [
+        "--input",
+        tmp_path / "texts.txt",
+        "--output",
+        tmp_path / "v.npy",
+        "--entities",
+        tmp_path / "entities.tsv",
+    ]
+    result = CliRunner().invoke(app, ["embed", "demo", *map(str, options), "--unknown", "characters"])
+    assert result.exit_code == 0, result.output
+    assert "[UNK]" not in result.stdout
+    expected = Embedder("demo").encode(["A snowman melts."])
+    np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), expected)
+    np.testing.assert_array_equal(Embedder("demo", entities={"☃": "snowman"}).encode(["A ☃ melts."]), expected)
+    result = CliRunner().invoke(app, ["embed", "demo", *map(str, options[:4])])
+    assert "7 tokens, 1 of them [UNK], in" in result.stdout
 
 
 @pytest.mark.parametrize(

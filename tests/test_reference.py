@@ -12,7 +12,7 @@ from bert_fast.folders import resolve
 from bert_fast.heads import initialize
 from bert_fast.loading import from_pretrained
 
-HEADS = [cls.__name__ for cls in modules.HEADS.values()]
+HEADS = [cls.__name__ for cls in modules.HEADS.values() if hasattr(transformers, cls.__name__)]
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 

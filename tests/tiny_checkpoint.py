@@ -21,7 +21,7 @@ def tokenizer() -> Tokenizer:
 
 def checkpoint(folder: Path, **fields) -> Path:
     """Two layers of width 32 with random weights, the same on every call, without dropout."""
-    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 64}
+    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 128}
     options |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     torch.manual_seed(5)
     save_pretrained(BertModel(BertConfig(**{**options, **fields})), folder)

@@ -5,7 +5,34 @@ A module holds the commands of one subject, and registers them when it is import
 
 from __future__ import annotations
 
-from bert_fast.cli import data, data_tasks, finetune, inference, pretrain, vocab
+from bert_fast.cli import (
+    data,
+    data_tasks,
+    distill,
+    export,
+    fill,
+    finetune,
+    inference,
+    pretrain,
+    reporting,
+    search_hparams,
+    transfer,
+    vocab,
+)
 from bert_fast.cli._app import app
 
-__all__ = ["app", "data", "data_tasks", "finetune", "inference", "pretrain", "vocab"]
+__all__ = [
+    "app",
+    "data",
+    "data_tasks",
+    "distill",
+    "export",
+    "fill",
+    "finetune",
+    "inference",
+    "pretrain",
+    "reporting",
+    "search_hparams",
+    "transfer",
+    "vocab",
+]

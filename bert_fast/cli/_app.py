@@ -27,6 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings=SETTINGS,
 )
 
@@ -88,7 +89,7 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
             _fail(f'{error.name} is not installed; it comes with: pip install "bert_fast[demo,train,bench]"')
         except OSError as error:
             _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:  # the latter: a step of training that is not finite
             _fail(str(error))
 
     return guarded

@@ -116,6 +116,9 @@ def finetune(
     label_all_tokens: Annotated[
         bool | None, _kind("--label_all_tokens", "Tokens: train on all sub-words of a word.")
     ] = None,
+    return_entity_level_metrics: Annotated[
+        bool | None, _kind("--return_entity_level_metrics", "Tokens: also score each type of entity.")
+    ] = None,
     doc_stride: Annotated[int | None, _kind("--doc_stride", "Questions: tokens between two windows.")] = None,
     max_query_length: Annotated[int | None, _kind("--max_query_length", "Questions: tokens of a question.")] = None,
     max_answer_length: Annotated[int | None, _kind("--max_answer_length", "Questions: tokens of an answer.")] = None,
@@ -150,6 +153,7 @@ def finetune(
         "max_seq_length": max_seq_length,
         "problem": problem,
         "label_all_tokens": label_all_tokens,
+        "return_entity_level_metrics": return_entity_level_metrics,
         "doc_stride": doc_stride,
         "max_query_length": max_query_length,
         "max_answer_length": max_answer_length,
@@ -219,6 +223,9 @@ def predict(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A file, with labels or without, or a folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to: .jsonl, .csv or .tsv.")],
     split: Split = "test",
+    submission: Annotated[
+        Path | None, typer.Option(help="Also a folder for the files that the data set's benchmark takes.")
+    ] = None,
     text_column: TextColumn = None,
     text_pair_column: PairColumn = None,
     column: Column = None,
@@ -230,7 +237,7 @@ def predict(
 
     columns = _columns(text_column, text_pair_column, None, column)
     tuned = recipe.load(model, device=device, precision=precision)
-    part = recipe.predict(tuned, file, output, split=split, columns=columns)
+    part = recipe.predict(tuned, file, output, split=split, columns=columns, submission=submission)
     print(f"{output}: {len(part.examples)} examples{_notes(part)}")
 
 

@@ -22,12 +22,19 @@ def embed(
     normalize: Annotated[
         bool, typer.Option("--normalize/--no-normalize", help="Scale the vectors to length 1, if the model does not.")
     ] = False,
+    unknown: Annotated[
+        str, typer.Option(help="Words without pieces in the vocabulary: unk, or characters to spell them.")
+    ] = "unk",
+    entities: Annotated[
+        Path | None, typer.Option(help="Lines of a mention, a tab, and what to read where it is unknown.")
+    ] = None,
     dtype: Dtype = None,
     precision: Precision = None,
     device: Device = None,
 ) -> None:
     """Write the vectors of the texts in a file: row i is line i."""
     from bert_fast.bulk import embed_file
+    from bert_fast.ladder import read_entities
 
     summary = embed_file(
         model,
@@ -36,6 +43,8 @@ def embed(
         text_field=text_field,
         batch_size=batch_size,
         normalize=normalize,
+        unknown=unknown,
+        entities=None if entities is None else read_entities(entities),
         dtype=dtype,
         precision=precision,
         device=device,

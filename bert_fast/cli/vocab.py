@@ -134,23 +134,27 @@ def extend(
 
 def _print_extension(extension: Extension, output: Path) -> None:
     last = extension.first_id + len(extension.pieces) - 1
-    print(f"{output}: {len(extension.pieces):,} words added, ids {extension.first_id} to {last}")
+    print(f"{output}: {_counted(len(extension.pieces), 'word')} added, ids {extension.first_id} to {last}")
     _print_listed(list(extension.pieces))
     if extension.refused:
-        print(f"{len(extension.refused):,} words were not added")
+        print(f"not added: {_counted(len(extension.refused), 'word')}")
         _print_listed([f"{word}: {reason}" for word, reason in extension.refused.items()], sep="\n  ")
 
 
 def _print_changes(changes: list[Change], num_words: int, unk_token: str) -> None:
     occurrences = sum(change.count for change in changes)
     print(
-        f"{len(changes):,} other words of the corpus begin with a new one and are cut differently, {occurrences:,} of "
-        f"its {num_words:,} words"
+        f"cut differently, as a new word is their beginning: {_counted(len(changes), 'other word')}, "
+        f"{occurrences:,} of the {num_words:,} in the corpus"
     )
     _print_listed([f"{c.word}: {' '.join(c.before)} -> {' '.join(c.after)}" for c in changes], sep="\n  ")
     if lost := [change.word for change in changes if change.after == (unk_token,)]:
-        print(f"warning: of these, {len(lost):,} have no pieces any more and are {unk_token}")
+        print(f"warning: {unk_token} from now on, as what is left of them has no pieces: {_counted(len(lost), 'word')}")
         _print_listed(lost)
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _print_listed(items: list[str], sep: str = ", ") -> None:

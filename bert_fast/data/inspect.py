@@ -39,7 +39,7 @@ def statistics(folder: Path, manifest: dict[str, Any]) -> str:
     for label, name in enumerate(LABELS.get(options["objective"], ())):
         count = counts["num_label_1"] if label else instances - counts["num_label_1"]
         rows.append((f"label {label}, {name}", f"{count / instances:.1%}"))
-    rows.append(("shards", f"{len(manifest['shards'])}   ({size / 1e6:,.1f} MB in {folder})"))
+    rows.append(("shards", f"{len(manifest['shards'])}   ({size / 1e6:,.2f} MB in {folder})"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}   {value}" for name, value in rows)
 
@@ -65,7 +65,7 @@ def instances(dataset: ShardDataset, count: int, width: int = 100) -> str:
         types = features["token_type_ids"]
         lines = [
             " ".join(word for word, kind in zip(words, types, strict=True) if kind == wanted)
-            for wanted in set(types.tolist())
+            for wanted in sorted(set(types.tolist()))
         ]
         blocks.append("\n".join([title, *(textwrap.indent(textwrap.fill(line, width - 2), "  ") for line in lines)]))
     return "\n\n".join(blocks)

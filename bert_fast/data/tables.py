@@ -189,5 +189,14 @@ def _open_parquet(path: Path) -> Table:
         file = ParquetFile(path)
     except ArrowException as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
-    batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=4096))
-    return Table(path, "row", tuple(file.schema_arrow.names), enumerate(chain.from_iterable(batches), 1))
+    return Table(path, "row", tuple(file.schema_arrow.names), enumerate(_parquet_rows(path, file), 1))
+
+
+def _parquet_rows(path: Path, file: Any) -> Iterator[Mapping[str, Any]]:
+    from pyarrow import ArrowException
+
+    try:
+        for batch in file.iter_batches(batch_size=4096):
+            yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:  # a page that is not what it was
+        raise ValueError(f"{path} cannot be read: {error}") from error

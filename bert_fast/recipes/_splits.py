@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from bert_fast.data.catalogue import DATASETS
 from bert_fast.data.examples import ChoiceExample, Example, Examples, QuestionExample, TextExample, TokensExample
+from bert_fast.disk import written_at_once
 from bert_fast.tasks._task import Features, Prediction, Task
 from bert_fast.tasks.registry import TASKS, make_task
 from bert_fast.tokenization import Tokenizer
@@ -96,30 +96,20 @@ def is_labelled(example: Example) -> bool:
 @contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
     """A text file that takes its place when it is whole, in one step; if writing fails, the old one stays."""
-    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex}.saving")
-    try:
-        with staging.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
+    with written_at_once(path) as file:
+        text = TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+        yield text
+        text.detach()
 
 
-def write_predictions(path: Path, predictions: Iterable[Prediction], examples: Iterable[Any] | None = None) -> None:
-    """Write predictions as JSON lines, or as a table by the ending `.csv` or `.tsv`.
+def beside(examples: Iterable[Any], predictions: Iterable[Prediction]) -> list[Prediction]:
+    """The predictions, each with its example."""
+    return [{**said, "example": dataclasses.asdict(e)} for e, said in zip(examples, predictions, strict=True)]
 
-    Args:
-        path: where to.
-        predictions: one of each example.
-        examples: if given, each line has its example, too.
 
-    Raises:
-        ValueError: the ending is none of these.
-    """
+def write_predictions(path: Path, lines: Sequence[Prediction]) -> None:
+    """Write predictions as JSON lines, or as a table by the ending `.csv` or `.tsv`; ValueError for another one."""
     check_format(path)
-    lines = list(predictions)
-    if examples is not None:
-        lines = [{**line, "example": dataclasses.asdict(e)} for line, e in zip(lines, examples, strict=True)]
     with replacing(path) as file:
         if path.suffix == ".jsonl":
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

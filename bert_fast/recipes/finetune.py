@@ -21,8 +21,10 @@ from bert_fast.folders import resolve
 from bert_fast.heads import Head
 from bert_fast.loading import build, read_config, read_state_dict, replaced, save_pretrained
 from bert_fast.modules import HEADS
-from bert_fast.recipes._splits import Split, make_split, reading, replacing, sampled, task_of, write_predictions
+from bert_fast.recipes._splits import Split, beside, make_split, reading, replacing, sampled, task_of, write_predictions
+from bert_fast.recipes.card import write_card
 from bert_fast.recipes.predict import RESULTS_FILE, Collate, read_tokenizer
+from bert_fast.recipes.report import write_report
 from bert_fast.tasks._batches import PaddingCollator
 from bert_fast.tasks._task import Task
 from bert_fast.tasks.registry import TASK_FILE, save_task
@@ -145,8 +147,9 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
     held_out = next((split for name, split in splits.items() if name.startswith("validation")), None)
     if held_out is not None and not held_out.labelled:
         raise ValueError("the validation file has examples without labels, and cannot say which checkpoint is the best")
+    main_metric = task.main_metric if held_out is None else task.metric_for(held_out.examples)
     if held_out is not None and "metric_for_best_model" not in settings.arguments:
-        args.metric_for_best_model, args.greater_is_better = task.main_metric, True
+        args.metric_for_best_model, args.greater_is_better = main_metric, True
 
     transformers.set_seed(args.seed)
     model: Any = _model(folder, config, task, settings.plain)
@@ -170,12 +173,14 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
         if split.labelled:
             metrics[name] = task.metrics(split.examples, predictions)
         if trainer.is_world_process_zero():
-            write_predictions(output_dir / f"predictions_{name}.jsonl", predictions, split.examples)
+            write_predictions(output_dir / f"predictions_{name}.jsonl", beside(split.examples, predictions))
     if trainer.is_world_process_zero():
         _save(output_dir, trainer.model, folder, task)
-        _write_results(output_dir, settings, task, metrics, train)
+        _write_results(output_dir, settings, task, main_metric, metrics, train)
+        write_report(output_dir)
+        write_card(output_dir)
     trainer.accelerator.wait_for_everyone()
-    return FinetuneResult(output_dir, metrics, task.main_metric, seconds, train)
+    return FinetuneResult(output_dir, metrics, main_metric, seconds, train)
 
 
 def _check_output_dir(output_dir: Path, resume: bool | str) -> None:
@@ -280,7 +285,12 @@ def _save(output_dir: Path, model: Any, source: Path, task: Task) -> None:
 
 
 def _write_results(
-    output_dir: Path, settings: FinetuneSettings, task: Task, metrics: Mapping[str, Any], train: Mapping[str, Any]
+    output_dir: Path,
+    settings: FinetuneSettings,
+    task: Task,
+    main_metric: str,
+    metrics: Mapping[str, Any],
+    train: Mapping[str, Any],
 ) -> None:
     import transformers
 
@@ -290,7 +300,7 @@ def _write_results(
         "model": settings.model_name_or_path,
         "settings": dataclasses.asdict(settings),
         "labels": list(getattr(task, "labels", None) or ()),
-        "main_metric": task.main_metric,
+        "main_metric": main_metric,
         "metrics": metrics,
         "train": train,
         "versions": {

@@ -18,7 +18,8 @@ from bert_fast.embedder import progress_bar, token_budget
 from bert_fast.folders import read_json, resolve
 from bert_fast.heads import Head
 from bert_fast.loading import from_pretrained, parse_device
-from bert_fast.recipes._splits import Split, check_format, make_split, reading, write_predictions
+from bert_fast.recipes._splits import Split, beside, check_format, make_split, reading, write_predictions
+from bert_fast.recipes.submission import check_benchmark, write_submission
 from bert_fast.tasks._task import Features, Output, Prediction, Task
 from bert_fast.tasks.registry import load_task
 from bert_fast.tokenization import Tokenizer
@@ -178,7 +179,7 @@ def evaluate(
         raise ValueError(f"{file} has examples without labels, which cannot be scored: use predict")
     predictions = said_of(tuned, part, progress)
     if output is not None:
-        write_predictions(Path(output), predictions, part.examples)
+        write_predictions(Path(output), beside(part.examples, predictions))
     return tuned.task.metrics(part.examples, predictions), part
 
 
@@ -189,6 +190,7 @@ def predict(
     *,
     split: str = "test",
     columns: Mapping[str, str] | None = None,
+    submission: str | Path | None = None,
     progress: bool | None = None,
 ) -> Split:
     """Write what a model says of each example of a file, which needs no labels.
@@ -196,14 +198,21 @@ def predict(
     Args:
         tuned, file, split, columns, progress: as in `evaluate`.
         output: `.jsonl`, or `.csv` or `.tsv`, a line for each example.
+        submission: a folder for the files that the benchmark of the model's data set takes; see `submission`.
 
     Returns:
         What was read.
 
     Raises:
-        ValueError: the file cannot be read, or `output` has another ending.
+        ValueError: the file cannot be read, or `output` has another ending; there is no such benchmark.
     """
     check_format(Path(output))
+    if submission is not None:
+        check_benchmark(tuned.data)
     part = read_split(tuned, file, split, columns, labelled=False)
-    write_predictions(Path(output), said_of(tuned, part, progress))
+    predictions = said_of(tuned, part, progress)
+    write_predictions(Path(output), predictions)
+    if submission is not None:
+        benchmark = f"{tuned.data}_mismatched" if split.endswith("_mismatched") else tuned.data
+        write_submission(benchmark, beside(part.examples, predictions), submission)
     return part

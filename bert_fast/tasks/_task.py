@@ -47,7 +47,7 @@ class Task(ABC):
     Attributes:
         kind: its name.
         head: the name of its head, one of `bert_fast.modules.HEADS`.
-        packs: whether its features go through the model packed by tokens, without padding.
+        packs: whether a feature is one text, which may as well be padded to the length of others.
     """
 
     kind: ClassVar[str]
@@ -58,6 +58,10 @@ class Task(ABC):
     @abstractmethod
     def main_metric(self) -> str:
         """The metric that says which checkpoint is the best; higher is better."""
+
+    def metric_for(self, examples: Sequence[Any]) -> str:
+        """The same on these examples, where a kind has other metrics for some."""
+        return self.main_metric
 
     @abstractmethod
     def learn(self, examples: Sequence[Any]) -> None:

@@ -26,7 +26,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.checkpoint-\d+\.(saving|old)")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OSError, RuntimeError):
     """A checkpoint could not be written, or is not whole."""
 
 

@@ -40,6 +40,7 @@ class _Step:
 
     num_labels: int
     num_pairs: int
+    sequences: int
     tokens: int
     flops: int
     terminating: bool
@@ -99,7 +100,7 @@ class Trainer(BatchedTrainer):
             self.add_callback(Progress)
         self.add_callback(MetricsFile)
         self.add_callback(_Counting(self))
-        self._step, self._micro_batches = _Step(0, 0, 0, 0, False), list[tuple[Tensor, Facts]]()
+        self._step, self._micro_batches = _Step(0, 0, 0, 0, 0, False), list[tuple[Tensor, Facts]]()
         self._facts = Facts((), (), 0)
         self._evaluates_loss_only = False
         # Counts are summed on the CPU, so that no process waits for what its GPU still has to do.
@@ -155,6 +156,7 @@ class Trainer(BatchedTrainer):
         sums = [
             sum(batch.num_labels for batch in facts),
             sum(batch.num_pairs for batch in facts),
+            sum(len(batch.lengths) for batch in facts),
             sum(batch.num_tokens for batch in facts),
             flops,
             int(self._signals.requested),
@@ -163,8 +165,8 @@ class Trainer(BatchedTrainer):
             counts = torch.tensor(sums, dtype=torch.int64)
             dist.all_reduce(counts, group=self._counts_group)
             sums = counts.tolist()
-        num_labels, num_pairs, num_tokens, flops, signals = sums
-        self._step = _Step(num_labels, num_pairs, num_tokens, flops, terminating=signals > 0)
+        num_labels, num_pairs, sequences, num_tokens, flops, signals = sums
+        self._step = _Step(num_labels, num_pairs, sequences, num_tokens, flops, terminating=signals > 0)
         self._micro_batches.clear()
         return batches, None
 
@@ -203,7 +205,7 @@ class Trainer(BatchedTrainer):
         """
         facts, step, scale = self._facts, self._step, self.args.world_size  # DDP divides the gradients by that
         if not model.training:
-            step, scale = _Step(facts.num_labels, facts.num_pairs, 0, 0, False), 1
+            step, scale = _Step(facts.num_labels, facts.num_pairs, 0, 0, 0, False), 1
         options: dict[str, Any] = {"loss_only": True} if self._needs_loss_only(model) else {}
         if isinstance(self.model, Head) and self.compute_loss_func is None and self.label_smoother is None:
             # The second loss of pre-training is a mean over the pairs of the batch; this divisor weighs it with them.

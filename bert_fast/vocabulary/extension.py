@@ -1,13 +1,14 @@
 """Words of a domain into the WordPiece vocabulary of a model, with rows of their own in its embedding table.
 
-They become part of the vocabulary itself. Tokens that are *added* to a tokenizer are looked for in each text one by
-one, before anything else, and in the middle of words too: thousands of them make a tokenizer crawl.
+They become part of the vocabulary itself. Tokens that are *added* to a tokenizer instead are looked for before anything
+else, in the middle of words too: "halyards" is then "halyard" and a word "s", not "##s".
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: Tensors with a row, or a number, for each token, by the ends of their names.
-TABLES = ("word_embeddings.weight", "predictions.decoder.weight", "predictions.decoder.bias", "predictions.bias")
+TABLES = (
+    "word_embeddings.weight", "predictions.decoder.weight", "predictions.decoder.bias", "predictions.bias",
+    "generator_lm_head.weight", "generator_lm_head.bias",
+)  # fmt: skip
 
 #: What the copy of a checkpoint leaves out: weights in other forms, which have the old vocabulary.
 OTHER_WEIGHTS = ("onnx", "openvino", "*.onnx", "*.h5", "*.msgpack", "*.ot", ".*")
@@ -201,6 +205,8 @@ def extend(path_or_id: str | Path, words: Iterable[str], output: str | Path) -> 
     ignored = shutil.ignore_patterns(*WEIGHT_PATTERNS, *OTHER_WEIGHTS)
     with new_folder(output) as building:
         shutil.copytree(folder, building, dirs_exist_ok=True, ignore=ignored)
+        for path in (building, *building.rglob("*")):  # a cache may be read-only
+            path.chmod(path.stat().st_mode | stat.S_IWUSR)
         target = building / source.relative_to(folder)
         _write_tokenizer(source, target, backend, list(extension.pieces))
         values = read_json(source / CONFIG_FILE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def train(
     )
 
 
-def count_characters(texts: Collection[str] | Iterable[str], backend: tokenizers.Tokenizer) -> Counter[str]:
+def count_characters(texts: Iterable[str], backend: tokenizers.Tokenizer) -> Counter[str]:
     """How often each character is in the words of the texts, after normalisation. Memory does not grow.
 
     BERT's normaliser treats each character by itself, so each different one is normalised once.

@@ -25,11 +25,15 @@ def tokenizer_of(path_or_id: str | Path) -> Tokenizer:
     Raises:
         ValueError: there is none, or it cannot be read.
     """
-    from bert_fast.embedder import Recipe
     from bert_fast.folders import resolve
     from bert_fast.tokenization import Tokenizer
 
-    recipe = Recipe.read(resolve(path_or_id))
+    folder = resolve(path_or_id)
+    if not (folder / "modules.json").is_file():
+        return Tokenizer.from_pretrained(folder)
+    from bert_fast.embedder import Recipe  # takes seconds to import, as it needs torch
+
+    recipe = Recipe.read(folder)
     return Tokenizer.from_pretrained(recipe.transformer, lowercase=recipe.do_lower_case)
 
 

@@ -1,13 +1,17 @@
 """The catalogue as a whole, the repository's own examples, and the commands that show them."""
 
+import gzip
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow.parquet import write_table
 from typer.testing import CliRunner
 
 from bert_fast.cli import app
 from bert_fast.data.catalogue import DATASETS, KINDS, read
+from bert_fast.data.examples import Answer, ChoiceExample, QuestionExample, TextExample, TokensExample
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -34,6 +38,41 @@ def test_the_file_of_a_split(tmp_path):
     assert read("sst2", tmp_path, split="validation").examples[0].text == "exported"
     (tmp_path / "dev.tsv").write_text(text.format("official"))
     assert read("sst2", tmp_path, split="validation").examples[0].text == "official"
+    (tmp_path / "train.tsv.gz").write_bytes(gzip.compress(text.format("compressed").encode()))
+    assert read("sst2", tmp_path).examples[0].text == "compressed"
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "example"),
+    [
+        (
+            "mnli",
+            {"premise": "a", "hypothesis": "b", "label": 2, "idx": 0},
+            TextExample("0", "a", "b", "contradiction"),
+        ),
+        (
+            "squad",
+            {
+                "id": "x",
+                "title": "t",
+                "context": "In Oslo.",
+                "question": "q",
+                "answers": {"text": ["Oslo"], "answer_start": [3]},
+            },
+            QuestionExample("x", "q", "In Oslo.", (Answer("Oslo", 3),)),
+        ),
+        ("conll2003", {"id": "7", "tokens": ["Ann"], "ner_tags": [1]}, TokensExample("7", ("Ann",), ("B-PER",))),
+        (
+            "swag",
+            {"sent1": "a", "sent2": "b", **{f"ending{index}": str(index) for index in range(4)}, "label": 3},
+            ChoiceExample("0", tuple(("a", f"b {index}") for index in range(4)), 3),
+        ),
+        ("imdb", {"text": "a", "label": 0}, TextExample("0", "a", None, "neg")),
+    ],
+)
+def test_the_parquet_files_of_the_hub(tmp_path, name, row, example):
+    write_table(pyarrow.Table.from_pylist([row]), tmp_path / "train-00000-of-00001.parquet")
+    assert read(name, tmp_path, labelled=True).examples == (example,)
 
 
 @pytest.mark.parametrize(

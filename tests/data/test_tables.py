@@ -5,9 +5,11 @@ import gzip
 import io
 import json
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow.parquet import write_table
 
 from bert_fast.data.tables import WRONG_NUMBER_OF_COLUMNS, open_table, read_lines
 
@@ -46,14 +48,21 @@ def test_every_format_gives_the_same_rows(tmp_path, name, change):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow.parquet import write_table
-
     path = tmp_path / "rows.parquet"
     write_table(pyarrow.table({"text": ["first", None], "tags": [[1, 2], []]}), path)
     table = open_table(path)
     assert (table.columns, table.where(2)) == (("text", "tags"), f"{path}, row 2")
     assert [dict(row) for _, row in table.rows] == [{"text": "first", "tags": [1, 2]}, {"text": None, "tags": []}]
+
+
+def test_a_parquet_file_with_a_broken_page(tmp_path):
+    path = tmp_path / "rows.parquet"
+    write_table(pyarrow.table({"text": [f"text {number}" for number in range(999)]}), path)
+    data = bytearray(path.read_bytes())
+    data[4:200] = bytes(196)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"rows.parquet cannot be read"):
+        rows(path)
 
 
 def test_rows_have_the_number_of_their_first_line(tmp_path):

@@ -87,6 +87,9 @@ def test_values_of_json(tmp_path):
     rows = [{"text": "a", "label": label} for label in (1, True, "x", 2.0, None)]
     path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
     assert labels(path) == ["1", "true", "x", "2", None]
+    path = write(tmp_path, "b.jsonl", '{"text": "a", "label": true}')
+    with pytest.raises(ValueError, match="line 1: column 'label' is True, expected a number"):
+        labels(path, problem="regression")
     path = write(tmp_path, "b.jsonl", '{"text": "a", "label": {"x": 1}}')
     with pytest.raises(ValueError, match=r"line 1: column 'label' is .*, expected the name of a class"):
         labels(path)

@@ -243,6 +243,9 @@ def test_other_forms_of_the_weights_stay_behind(tiny, tmp_path):
     (source / "onnx").mkdir()
     for name in ("onnx/model.onnx", "pytorch_model.bin", "tf_model.h5", "README.md"):
         (source / name).write_bytes(b"x")
+    for path in source.iterdir():
+        path.chmod(path.stat().st_mode & ~0o222)  # as in a cache that is not to be written
     extend(source, WORDS, tmp_path / "out")
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "out").iterdir())
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {path.name for path in tiny.iterdir()} | {"README.md"}

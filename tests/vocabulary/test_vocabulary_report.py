@@ -102,7 +102,7 @@ def test_train_extend_and_report_commands(tmp_path):
     lines = result.stdout.splitlines()
     assert lines[0] == f"{tmp_path / 'longer'}: 2 words added, ids 30522 to 30523"  # no more are there five times
     assert lines[1] == "  halyard, levain"
-    assert lines[2].startswith("0 other words of the corpus")
+    assert lines[2] == "cut differently, as a new word is their beginning: 0 other words, 0 of the 5,635 in the corpus"
     assert Tokenizer.from_pretrained(tmp_path / "longer")(["Halyard"]).input_ids.tolist() == [101, 30522, 102]
 
 
@@ -112,9 +112,9 @@ def test_words_and_their_effect(tmp_path):
     result = run("vocab", "extend", folder, "--words", tmp_path / "words.txt", "--corpus", TEXT, "-o", tmp_path / "x")
     assert result.exit_code == 0, result.output
     for part in (
-        "1 words added, ids 30522 to 30522",
-        "2 words were not added\n  San Francisco: the tokenizer takes it for 2 words: san francisco\n  the: is in",
-        "1 other words of the corpus begin with a new one",
+        "1 word added, ids 30522 to 30522\n  sprocket\n",
+        "not added: 2 words\n  San Francisco: the tokenizer takes it for 2 words: san francisco\n  the: is in",
+        "1 other word, 1 of the 5,635 in the corpus",
         "sprockets: sp ##rock ##ets -> sprocket ##s",
     ):
         assert part in result.stdout

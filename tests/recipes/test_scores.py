@@ -19,10 +19,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
     [
         ("classification", "reviews", "tsv", 2e-4, 2, {"accuracy": 0.85}),
         ("classification", "paraphrases", "jsonl", 2e-4, 4, {"accuracy": 0.6}),
-        ("classification", "similarity", "tsv", 5e-4, 6, {"pearson": 0.5, "spearman": 0.5}),
+        ("classification", "similarity", "tsv", 2e-4, 5, {"pearson": 0.4, "spearman": 0.4}),
         ("classification", "topics", "jsonl", 5e-4, 6, {"micro_f1": 0.7}),
         ("tokens", "entities", "txt", 3e-4, 5, {"f1": 0.75, "accuracy": 0.9}),
-        ("multiple_choice", "endings", "csv", 1e-4, 3, {"accuracy": 0.5}),  # of four
+        ("multiple_choice", "endings", "csv", 1e-4, 4, {"accuracy": 0.5}),  # of four
     ],
 )
 def test_scores(task, data, ending, learning_rate, epochs, scores, tmp_path):

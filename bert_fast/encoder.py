@@ -53,7 +53,7 @@ def encode(
     seeds = _seeds(bert, len(layers))
     rows = _embed(bert.embeddings, ragged, seeds[0][0])
     if (project := getattr(bert, "embeddings_project", None)) is not None:  # a transformers BERT knows of no such thing
-        rows = linear(rows, project.weight, project.bias)
+        rows = linear(rows, project.weight, project.bias).to(rows.dtype)  # autocast lowers products only
     if _may_overwrite(rows):
         rows = _encode_in_place(bert, rows, ragged, hidden_act, num_heads, hidden_states)
         return rows if subset is None else rows.index_select(0, subset)

@@ -122,7 +122,8 @@ class PretrainResult:
         for name in ("perplexity", "next_sentence_accuracy", "discriminator_accuracy", "discriminator_recall"):
             if name in self.after:
                 values = (f"{scores[name]:,.4g}" if name in scores else "?" for scores in (self.before, self.after))
-                lines.append(f"held-out {name.replace('_', ' ')}: {' -> '.join(values)}")
+                whose = " of the generator" if name == "perplexity" and "discriminator_loss" in self.after else ""
+                lines.append(f"held-out {name.replace('_', ' ')}{whose}: {' -> '.join(values)}")
         return "\n".join([*lines, f"written: {self.output_dir}"])
 
 

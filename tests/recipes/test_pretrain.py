@@ -224,6 +224,15 @@ def test_the_plain_path_has_the_same_curve(
     assert ours.after["perplexity"] == pytest.approx(plain.after["perplexity"], rel=1e-3)
 
 
+@pytest.mark.parametrize("objective", ["nsp", "electra"])
+def test_bfloat16(place: Path, tmp_path: Path, objective: str) -> None:
+    """Near float32's first loss, though ELECTRA's samples need not be the same."""
+    for name, bf16 in (("bf16", True), ("fp32", False)):
+        result = pretrain(settings(place, tmp_path / name, objective=objective, arguments={"bf16": bf16}))
+        assert result.after["perplexity"] < result.before["perplexity"]
+    assert losses(tmp_path / "bf16")[0] == pytest.approx(losses(tmp_path / "fp32")[0], rel=0.02)
+
+
 def test_runs_go_on_from_checkpoints(place: Path, tmp_path: Path) -> None:
     """Of a model without the second head, and of ELECTRA's two; perplexity begins where it was."""
     first = pretrain(settings(place, tmp_path / "mlm"))

@@ -36,9 +36,21 @@ STAGE_FILE = "stage.json"
 TABLE_FILE, PAGE_FILE, MODEL = "transfer.md", "transfer.html", "model"
 
 #: Settings that the stages do not get from the file; the last ones are of fresh models, and of ELECTRA's.
-_OURS = ("model_name_or_path", "output_dir", "resume", "arguments", "phases", "config_name", "tokenizer_name")
-_OURS += ("initialization", "embedding_size", "disc_weight")
-_OURS += ("generator_name_or_path", "generator_hidden_size", "generator_layers")
+_OURS = (
+    "model_name_or_path",
+    "output_dir",
+    "resume",
+    "arguments",
+    "phases",
+    "config_name",
+    "tokenizer_name",
+    "initialization",
+    "embedding_size",
+    "disc_weight",
+    "generator_name_or_path",
+    "generator_hidden_size",
+    "generator_layers",
+)
 
 
 @dataclass

@@ -111,7 +111,8 @@ class DistillationTrainer(Trainer):
         self.teacher.to(self.args.device)
         if not weights.labels and self.train_dataset is not None:
             self.label_names = [name for name in self.label_names if name in self.train_dataset[0]]
-        shape, of_teacher = self.student.config, self.teacher.config
+        shape: Any = self.student.config
+        of_teacher: Any = self.teacher.config
         self._pairs = imitation.matching_states(shape.num_hidden_layers, of_teacher.num_hidden_layers)
         self._relation_heads = imitation.relation_heads(shape, of_teacher)
         self._kept: dict[int, tuple[Tensor, ...]] = {}

@@ -69,6 +69,7 @@ def test_a_student_learns_from_texts_without_labels(places, tmp_path):
         distill(dataclasses.replace(wanted, output_dir=str(tmp_path / "b"), unlabelled=False))
 
 
+@pytest.mark.slow
 def test_a_narrower_student_and_one_that_was_trained_before(places, tmp_path):
     shape = json.loads((places / "teacher" / "config.json").read_text())
     shape |= {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32, "id2label": {"0": "x", "1": "y"}}

@@ -33,7 +33,7 @@ MAX_SEQ_LENGTH = 128
 #: Of both trainers.
 RECIPE: dict[str, Any] = {
     "learning_rate": 2e-4,
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 32,
     "weight_decay": 0.01,
     "warmup_steps": 0.1,
     "adam_epsilon": 1e-6,
@@ -142,7 +142,7 @@ def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each contender")
-    parser.add_argument("--epochs", type=float, default=4, help="times through the training file")
+    parser.add_argument("--epochs", type=float, default=3, help="times through the training file")
     parser.add_argument("--batch_size", type=int, default=RECIPE["per_device_train_batch_size"], help="examples")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))

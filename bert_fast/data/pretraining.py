@@ -52,7 +52,8 @@ class ShardDataset:
             if not path.is_file() or path.stat().st_size != entry["size"]:
                 found = f"has {path.stat().st_size} bytes, expected {entry['size']}" if path.is_file() else "is missing"
                 raise ValueError(f"{path} {found}: make the data anew")
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            with pa.memory_map(str(path)) as file:  # the map outlives it: shards may be more than files can be open
+                reader = pa.ipc.open_file(file.read_buffer())
             self._places += [(reader, number) for number in range(reader.num_record_batches)]
             full, rest = divmod(entry["num_instances"], self.manifest["batch_size"])
             counts += [self.manifest["batch_size"]] * full + [rest] * (rest > 0)

@@ -16,7 +16,7 @@ test: .venv/dev extension
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow and not gpu and not peers" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/dev extension
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "slow and not gpu" -n 2
 
 test-peers: .venv/dev .venv/bench extension
 	$(BIN)/python -m pytest -m peers

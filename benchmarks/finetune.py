@@ -1,6 +1,6 @@
 """Fine-tuning, whole: bert_fast's `finetune` beside transformers' `Trainer`, the same data, seeds and recipe.
 
-    python -m benchmarks.finetune [--seeds N] [--epochs N] [--threads N] [--contenders NAME ...]
+    python -m benchmarks.finetune [--seeds N] [--epochs N] [--batch_size N] [--threads N] [--contenders NAME ...]
 
 The data are `examples/reviews`, the checkpoint is the demo; AdamW, linear schedule, dropout. transformers is the script
 `run_glue.py` without its command line: padded to the longest text of a batch, or to `max_seq_length` as the script does
@@ -120,6 +120,7 @@ def compare(names: Sequence[str], seeds: Sequence[int], epochs: float) -> dict[s
                     CONTENDERS[name](0, 0.1, of_run)
                 else:
                     runs[name].append(CONTENDERS[name](seed, epochs, of_run))
+                    print(f"{name}, seed {seed}: {runs[name][-1]}", flush=True)
     return runs
 
 
@@ -142,11 +143,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each contender")
     parser.add_argument("--epochs", type=float, default=4, help="times through the training file")
+    parser.add_argument("--batch_size", type=int, default=RECIPE["per_device_train_batch_size"], help="examples")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    RECIPE["per_device_train_batch_size"] = arguments.batch_size
     print(table(compare(arguments.contenders, range(arguments.seeds), arguments.epochs)))
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from bert_fast.activation import ACTIVATIONS
 from bert_fast.folders import read_json
@@ -21,6 +21,9 @@ class BertConfig:
     Raises:
         ValueError: a field is impossible; the message names the field and its value.
     """
+
+    #: What `config.json` calls the family.
+    model_type: ClassVar[str] = "bert"
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -88,6 +91,11 @@ class BertConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def embedding_size(self) -> int:
+        """Width of the three tables of embeddings, and of word vectors given instead of ids."""
+        return self.hidden_size
+
+    @property
     def num_labels(self) -> int:
         """Width of a classification head: the number of entries of `id2label`."""
         return len(self.id2label)
@@ -96,9 +104,9 @@ class BertConfig:
     def from_dict(cls, values: dict[str, Any]) -> BertConfig:
         """Build from the contents of a `config.json`; `num_labels` without `id2label` gives LABEL_0, LABEL_1, ..."""
         values = dict(values)
-        model_type = values.pop("model_type", "bert")
-        if model_type != "bert":
-            raise ValueError(f"model_type is {model_type!r}; bert_fast knows: bert")
+        model_type = values.pop("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f"model_type is {model_type!r}; bert_fast knows: {cls.model_type}")
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         num_labels = values.pop("num_labels", None)
         if values.get("id2label") is None:
@@ -120,7 +128,7 @@ class BertConfig:
         return {
             **extra,
             **values,
-            "model_type": "bert",
+            "model_type": self.model_type,
             "id2label": {str(index): label for index, label in self.id2label.items()},
             "label2id": {label: index for index, label in self.id2label.items()},
         }

@@ -287,7 +287,7 @@ def _masked_lm_loss(
 ) -> Any:
     """The output with the loss alone, from the tokens that have a label; None where the plain path has to run."""
     predictions, bert, has_pair = host.cls.predictions, host.bert, hasattr(host.cls, "seq_relationship")
-    if labels is None or (has_pair and next_sentence_label is None) or masked_lm.obstacle(predictions):
+    if labels is None or (has_pair and next_sentence_label is None) or masked_lm.obstacle(predictions.decoder):
         return None
     if bert._forward_hooks or bert._forward_pre_hooks:
         return None

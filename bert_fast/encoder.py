@@ -37,7 +37,8 @@ def encode(
     A layer that transformers marked for gradient checkpointing is computed again in the backward.
 
     Args:
-        bert: has `embeddings` and `encoder`, with the names of a Hugging Face BERT below them.
+        bert: has `embeddings` and `encoder`, with the names of a Hugging Face BERT below them, and `embeddings_project`
+            where the embeddings have another width than the layers.
         ragged: the tokens.
         hidden_act: one of `activation.ACTIVATIONS`.
         num_heads: attention heads.
@@ -51,6 +52,8 @@ def encode(
     layers = bert.encoder.layer
     seeds = _seeds(bert, len(layers))
     rows = _embed(bert.embeddings, ragged, seeds[0][0])
+    if (project := getattr(bert, "embeddings_project", None)) is not None:  # a transformers BERT knows of no such thing
+        rows = linear(rows, project.weight, project.bias).to(rows.dtype)  # autocast lowers products only
     if _may_overwrite(rows):
         rows = _encode_in_place(bert, rows, ragged, hidden_act, num_heads, hidden_states)
         return rows if subset is None else rows.index_select(0, subset)

@@ -67,20 +67,29 @@ class Head(nn.Module):
 
     Attributes:
         base: the encoder's class, which a subclass names.
+        prefix: what the names of the encoder's parameters begin with in a checkpoint.
         pooled: whether the head reads the pooler's output.
         pooled_only: whether it reads nothing else.
         other_labels: names of the targets it takes besides `labels`.
+        kept_with_loss: fields of the output that are there with `loss_only`, too.
     """
 
     base: type[Any]
+    prefix: str = "bert."
     pooled: bool = True
     pooled_only: bool = False
     other_labels: tuple[str, ...] = ()
+    kept_with_loss: tuple[str, ...] = ()
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
         self.bert = self.base(config, add_pooling_layer=self.pooled)
+
+    @property
+    def shapes(self) -> tuple[BertConfig, ...]:
+        """The config of each encoder that a forward runs."""
+        return (self.config,)
 
     def forward(
         self,
@@ -100,8 +109,9 @@ class Head(nn.Module):
         Args:
             num_items_in_batch: what the summed losses are divided by, in place of the number of labels in this batch:
                 their number in all the batches, of all processes, that make up a step.
-            loss_only: the output has the loss and nothing else, which lets the model leave out what no loss reads. It
-                is the mean over no labels, 0, where every label is -100.
+            loss_only: the output has the loss, which lets the model leave out what no loss reads, and nothing else but
+                `seq_relationship_logits` where it is made of them. It is the mean over no labels, 0, where every label
+                is -100.
 
         Raises:
             ValueError: an id or a label is out of range, or shapes do not match; or the loss is asked for without
@@ -124,7 +134,7 @@ class Head(nn.Module):
     ) -> ModelOutput:
         """The output with the loss alone."""
         output: Any = self.answer(inputs, labels, divisor, targets)
-        return type(output)(loss=_given(output.loss, self))
+        return type(output)(_given(output.loss, self), **{name: output[name] for name in self.kept_with_loss})
 
     def read(
         self, encoded: Encoded, labels: Tensor | None, divisor: float | None = None, **targets: Tensor | None
@@ -228,11 +238,17 @@ class BertForNextSentencePrediction(_PreTrainingHead):
 
 
 class BertForPreTraining(_PreTrainingHead):
-    """Both pre-training tasks; the loss is their sum, and needs both `labels` and `next_sentence_label`."""
+    """Both pre-training tasks; the loss needs both `labels` and `next_sentence_label`.
+
+    Attributes:
+        next_sentence_weight: what the second loss is multiplied by before it is added to the first; BERT's is 1.
+    """
 
     masked_lm = True
     next_sentence = True
     other_labels = ("next_sentence_label",)
+    kept_with_loss = ("seq_relationship_logits",)
+    next_sentence_weight = 1.0
 
     def read(
         self, encoded: Encoded, labels: Tensor | None, divisor: float | None = None, **targets: Tensor | None
@@ -242,9 +258,12 @@ class BertForPreTraining(_PreTrainingHead):
         relationship = self.cls.seq_relationship(encoded.pooler_output)
         next_sentence, loss = targets["next_sentence_label"], None
         if labels is not None and next_sentence is not None:
-            loss = token_loss(prediction, labels, encoded, divisor)
-            loss = loss + cross_entropy(relationship, next_sentence, name="next_sentence_label")
+            loss = token_loss(prediction, labels, encoded, divisor) + self.pair_loss(relationship, next_sentence)
         return PreTrainingOutput(loss, prediction, relationship, encoded.hidden_states, encoded.attentions)
+
+    def pair_loss(self, relationship: Tensor, next_sentence: Tensor) -> Tensor:
+        """The second loss, weighed: a mean over pairs; relationship (batch_size, 2), next_sentence (batch_size,)."""
+        return self.next_sentence_weight * cross_entropy(relationship, next_sentence, name="next_sentence_label")
 
 
 class _Classifier(Head):

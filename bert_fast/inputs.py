@@ -20,7 +20,7 @@ class TableSizes(NamedTuple):
     vocab_size: int
     type_vocab_size: int
     max_position_embeddings: int
-    hidden_size: int
+    embedding_size: int
 
     @classmethod
     def of(cls, embeddings: Any) -> TableSizes:
@@ -39,7 +39,8 @@ class BertInputs:
             rows without a token are legal.
         token_type_ids: (batch_size, seq_len), (1, seq_len) or (seq_len,); zeros when not given.
         position_ids: any of the same shapes; the column's number when not given.
-        inputs_embeds: (batch_size, seq_len, hidden_size), word vectors instead of `input_ids`.
+        inputs_embeds: (batch_size, seq_len, embedding_size), word vectors instead of `input_ids`; BERT's are as wide as
+            hidden_size.
         output_attentions, output_hidden_states: also return these, per layer.
         cu_seq_lens_q: (num_sequences + 1,) int32: `input_ids` is packed, (1, num_tokens), and sequence i is columns
             cu_seq_lens_q[i] to cu_seq_lens_q[i + 1]. `position_ids` then count from 0 in each when not given.
@@ -94,8 +95,8 @@ class BertInputs:
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if self.inputs_embeds is None:
             _check_form("input_ids", tokens, None)
-        elif tokens.dim() != 3 or tokens.shape[2] != config.hidden_size:
-            wanted = f"(batch_size, seq_len, {config.hidden_size})"
+        elif tokens.dim() != 3 or tokens.shape[2] != config.embedding_size:
+            wanted = f"(batch_size, seq_len, {config.embedding_size})"
             raise ValueError(f"inputs_embeds has shape {tuple(tokens.shape)}, expected {wanted}")
         shape, device = (tokens.shape[0], tokens.shape[1]), tokens.device
         types = _rows("token_type_ids", self.token_type_ids, shape)
@@ -118,7 +119,7 @@ class Batch:
     """A checked batch.
 
     Attributes:
-        tokens: `input_ids` (batch_size, seq_len), or word vectors (batch_size, seq_len, hidden_size).
+        tokens: `input_ids` (batch_size, seq_len), or word vectors (batch_size, seq_len, embedding_size).
         mask: (batch_size, seq_len) bool, True where a token is; None keeps them all.
         types, positions: the caller's ids, (batch_size, seq_len), or None for the defaults.
         cu_seqlens: where the sequences of a packed batch (1, num_tokens) start; None for a padded one.
@@ -139,7 +140,7 @@ class Batch:
 
     @property
     def inputs_embeds(self) -> Tensor | None:
-        """(batch_size, seq_len, hidden_size), or None when the tokens came as ids."""
+        """(batch_size, seq_len, embedding_size), or None when the tokens came as ids."""
         return self.tokens if self.tokens.is_floating_point() else None
 
     @property

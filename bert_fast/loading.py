@@ -38,8 +38,14 @@ WEIGHT_PATTERNS = ("model*.safetensors", INDEX_FILE, "pytorch_model*.bin", "pyto
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 #: Where the parameters of transformers' BERT live: the part every model needs, and the heads one may leave out.
-ENCODER_PREFIXES = ("embeddings.", "encoder.")
-HEAD_PREFIXES = ("pooler.", "cls.", "classifier.", "qa_outputs.")
+ENCODER_PREFIXES = ("embeddings.", "embeddings_project.", "encoder.")
+HEAD_PREFIXES = (
+    "pooler.", "cls.", "classifier.", "qa_outputs.", "discriminator_predictions.", "generator_predictions.",
+    "generator_lm_head.",
+)  # fmt: skip
+
+#: What a model with a head puts before the names of its encoder's parameters.
+MODEL_PREFIXES = ("bert.", "electra.")
 
 
 def read_config(folder: Path) -> BertConfig:
@@ -164,14 +170,14 @@ def build(
     """A model of `bert_fast.modules` or `bert_fast.reference` with a copy of the weights `state`, in evaluation mode.
 
     Names may be those of an older checkpoint (`LayerNorm.gamma`, `position_ids`) or of another model over the same
-    encoder: `bert.` is put on or taken off. With `new_classifier`, one that has another number of labels than `config`
-    is left out, with a warning.
+    encoder: `bert.` or `electra.` is put on or taken off. With `new_classifier`, one that has another number of labels
+    than `config` is left out, with a warning.
 
     Raises:
         ValueError: the encoder's weights are not all there, or one has another shape or is not floating point.
     """
     device = parse_device(device or "cpu")
-    state = _renamed(state, with_prefix=issubclass(model_class, heads.Head))
+    state = _renamed(state, model_class.prefix if issubclass(model_class, heads.Head) else "")
     options: dict[str, Any] = {}
     if not issubclass(model_class, heads.Head):
         options["add_pooling_layer"] = any(name.startswith("pooler.") for name in state)
@@ -196,18 +202,23 @@ def build(
     return model.eval()
 
 
-def _renamed(state: dict[str, Tensor], with_prefix: bool) -> dict[str, Tensor]:
-    """Today's names, with `bert.` before the encoder's or not; without the position ids that old versions saved."""
+def _bare(name: str) -> str:
+    """A parameter's name without the model's before it."""
+    return name.removeprefix(next((prefix for prefix in MODEL_PREFIXES if name.startswith(prefix)), ""))
+
+
+def _renamed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Today's names, with the prefix before the encoder's; without the position ids that old versions saved."""
     renamed = {}
     for name, tensor in state.items():
-        name = name.removeprefix("bert.")
+        name = _bare(name)
         if name == "embeddings.position_ids":
             continue
         for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
             if name.endswith(old):
                 name = name.removesuffix(old) + new
-        if with_prefix and name.startswith((*ENCODER_PREFIXES, "pooler.")):
-            name = f"bert.{name}"
+        if name.startswith((*ENCODER_PREFIXES, "pooler.")):
+            name = f"{prefix}{name}"
         renamed[name] = tensor
     return renamed
 
@@ -233,7 +244,7 @@ def _tied(parameters: dict[str, nn.Parameter]) -> list[list[str]]:
 def _report_unused(state: dict[str, Tensor], parameters: dict[str, nn.Parameter], model: str) -> None:
     """Weights of another head are normal and go to the log; any other that has no place is worth a warning."""
     unused = [name for name in state if name not in parameters]
-    other_head = [name for name in unused if name.removeprefix("bert.").startswith(HEAD_PREFIXES)]
+    other_head = [name for name in unused if _bare(name).startswith(HEAD_PREFIXES)]
     if other_head:
         logger.info("%s has no use for these weights of the checkpoint: %s", model, _listed(other_head))
     if unknown := [name for name in unused if name not in other_head]:
@@ -244,7 +255,7 @@ def _missing(state: dict[str, Tensor], parameters: dict[str, nn.Parameter], mode
     """The head's parameters that the checkpoint lacks, each under all its names; ValueError for the encoder's."""
     groups = [aliases for aliases in _tied(parameters) if not any(name in state for name in aliases)]
     missing = [aliases[0] for aliases in groups]
-    if absent := [name for name in missing if name.removeprefix("bert.").startswith(ENCODER_PREFIXES)]:
+    if absent := [name for name in missing if _bare(name).startswith(ENCODER_PREFIXES)]:
         raise ValueError(f"the checkpoint lacks {len(absent)} weights of {model}: {_listed(absent)}")
     if missing:
         warnings.warn(

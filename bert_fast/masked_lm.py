@@ -24,11 +24,13 @@ class Labelled(NamedTuple):
         rows: (labels, hidden_size), of the tokens that have a label.
         labels: (labels,) int64.
         first: (batch_size, hidden_size), of the first token of each sequence; zeros for one without tokens.
+        positions: (labels,) int64, numbers of these tokens in the ragged batch, rising.
     """
 
     rows: Tensor
     labels: Tensor
     first: Tensor
+    positions: Tensor
 
 
 def encode_labelled(
@@ -49,14 +51,14 @@ def encode_labelled(
     positions, targets = labelled(labels, padding, config.vocab_size)
     if packed is not None or ragged.input_ids.numel() == 0:
         rows = packed.rows(ragged) if packed else encode(bert, ragged, config.hidden_act, config.num_attention_heads)
-        return Labelled(rows[positions], targets, first_tokens(rows, ragged))
+        return Labelled(rows[positions], targets, first_tokens(rows, ragged), positions)
     if bert.pooler is None:
         rows = encode(bert, ragged, config.hidden_act, config.num_attention_heads, subset=positions)
-        return Labelled(rows, targets, rows[:0])
+        return Labelled(rows, targets, rows[:0], positions)
     starts, is_empty = ragged.first()
     rows = encode(bert, ragged, config.hidden_act, config.num_attention_heads, subset=torch.cat([starts, positions]))
     first, rows = rows.split((starts.shape[0], positions.shape[0]))
-    return Labelled(rows, targets, first.masked_fill(is_empty[:, None], 0.0))
+    return Labelled(rows, targets, first.masked_fill(is_empty[:, None], 0.0), positions)
 
 
 def labelled(labels: Tensor, padding: Padding, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -79,9 +81,8 @@ def labelled(labels: Tensor, padding: Padding, vocab_size: int) -> tuple[Tensor,
     return positions, rows[positions].long()
 
 
-def obstacle(predictions: nn.Module) -> str | None:
+def obstacle(decoder: Any) -> str | None:
     """Why the decoder's parameters alone do not say what it does, or None."""
-    decoder: Any = predictions.decoder
     if type(decoder) is not nn.Linear or decoder.bias is None:
         return f"its decoder is a {type(decoder).__name__}, or has no bias"
     if decoder._forward_hooks or decoder._forward_pre_hooks or "forward" in vars(decoder):
@@ -96,8 +97,11 @@ def loss(predictions: Any, rows: Labelled, divisor: float | None) -> Tensor:
         predictions: has `transform` and `decoder`, as the head of a checkpoint.
         rows: the encoder's.
     """
-    hidden = predictions.transform(rows.rows)
+    return decoder_loss(predictions.transform(rows.rows), predictions.decoder, rows.labels, divisor)
+
+
+def decoder_loss(hidden: Tensor, decoder: Any, labels: Tensor, divisor: float | None) -> Tensor:
+    """The same from what the decoder is given, (labels, features); labels (labels,) int64."""
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    decoder = predictions.decoder
-    return ops.masked_lm_loss(hidden, decoder.weight, decoder.bias, rows.labels, divisor=divisor)
+    return ops.masked_lm_loss(hidden, decoder.weight, decoder.bias, labels, divisor=divisor)

@@ -207,20 +207,19 @@ class BertForPreTraining(Pretrained, heads.BertForPreTraining):
     def loss(
         self, inputs: BertInputs, labels: Tensor | None, divisor: float | None, targets: dict[str, Tensor | None]
     ) -> ModelOutput:
-        """The loss alone, from the first tokens and those that have a label."""
+        """The loss, from the first tokens and those that have a label."""
         rows, next_sentence = _labelled(self, inputs, labels), targets["next_sentence_label"]
         if rows is None or next_sentence is None:
             return super().loss(inputs, labels, divisor, targets)
         relationship = self.cls.seq_relationship(self.bert.pooler(rows.first))
         loss = masked_lm.loss(self.cls.predictions, rows, divisor)
-        return PreTrainingOutput(
-            loss=loss + heads.cross_entropy(relationship, next_sentence, name="next_sentence_label")
-        )
+        loss = loss + self.pair_loss(relationship, next_sentence)
+        return PreTrainingOutput(loss, seq_relationship_logits=relationship)
 
 
 def _labelled(head: Any, inputs: BertInputs, labels: Tensor | None) -> masked_lm.Labelled | None:
     """The rows that the loss of a masked-language-model head reads, or None where the plain way has to run."""
-    if labels is None or masked_lm.obstacle(head.cls.predictions):
+    if labels is None or masked_lm.obstacle(head.cls.predictions.decoder):
         return None
     rows: masked_lm.Labelled | None = head.bert.encode_labelled(inputs, labels)
     return rows

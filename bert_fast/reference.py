@@ -24,14 +24,15 @@ class BertEmbeddings(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        width = config.embedding_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, words: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """`words` is (batch_size, seq_len, hidden_size), the word vectors; the ids are (batch_size, seq_len)."""
+        """`words` is (batch_size, seq_len, embedding_size), the word vectors; the ids are (batch_size, seq_len)."""
         hidden = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(hidden))
 
@@ -153,6 +154,8 @@ class BertModel(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = BertEmbeddings(config)
+        narrow = config.embedding_size != config.hidden_size
+        self.embeddings_project = nn.Linear(config.embedding_size, config.hidden_size) if narrow else None
         self.encoder = BertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
         heads.initialize(self, config)
@@ -195,6 +198,8 @@ class BertModel(nn.Module):
         batch = inputs.checked(self.config)
         words = self.embeddings.word_embeddings(batch.input_ids) if batch.inputs_embeds is None else batch.inputs_embeds
         hidden = self.embeddings(words, batch.token_type_ids, batch.position_ids)
+        if self.embeddings_project is not None:
+            hidden = self.embeddings_project(hidden)
         hidden_states, attentions = [hidden], []
         for layer in self.encoder.layer:
             hidden, probabilities = layer(hidden, batch.attends)

@@ -32,6 +32,7 @@ ALLOWED = {
     "modules": LIGHT
     | {"encoder", "engine", "masked_lm"}
     | {"heads", "reference", "ops", "loading", "sentence_embedding"},
+    "electra": LIGHT | {"encoder", "engine", "masked_lm", "modules"} | {"heads", "reference", "folders", "loading"},
     "drop_in": LIGHT | {"encoder", "engine", "heads", "masked_lm", "modules", "ops"},
 }
 #: These may import everything above them, and of each other what stands here.

@@ -156,6 +156,26 @@ def test_a_fresh_head_is_whole(folder):
     assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint has no weights for this head")
+def test_fields_in_place_of_the_checkpoints(folder, tmp_path, recwarn):
+    labels = {0: "no", 1: "maybe", 2: "yes"}
+    fields = {"id2label": labels, "hidden_dropout_prob": 0.3, "problem_type": "single_label_classification"}
+    model = from_pretrained(folder, "sequence_classification", config=fields)
+    assert (model.config.id2label, model.config.hidden_dropout_prob) == (labels, 0.3)
+    assert model.classifier.weight.shape[0] == 3
+    save_pretrained(model, tmp_path / "three")
+    # As many labels keep the classifier; another number of them starts another one.
+    same = from_pretrained(tmp_path / "three", "sequence_classification", config={"id2label": dict(enumerate("abc"))})
+    assert torch.equal(same.classifier.weight, model.classifier.weight)
+    assert not [w for w in recwarn if "is left out" in str(w.message)]
+    with pytest.warns(UserWarning, match="the checkpoint's classifier has 3 outputs, but 1 are wanted: it is left out"):
+        other = from_pretrained(tmp_path / "three", "sequence_classification", config={"id2label": {0: "score"}})
+    assert other.classifier.weight.shape[0] == 1
+    assert torch.equal(other.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
+    with pytest.raises(ValueError, match="hidden_dropout_prob is 3, expected a probability"):
+        from_pretrained(folder, config={"hidden_dropout_prob": 3})
+
+
 def test_a_head_under_a_bare_encoder(tmp_path, recwarn, caplog):
     oracle = theirs("masked_lm")
     oracle.save_pretrained(tmp_path)

@@ -213,3 +213,23 @@ def test_threads_with_different_limits(tokenizer):
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda n: (n, tokenizer(texts, n).input_ids.tolist()), [8, 16, 32] * 8))
     assert all(ids == expected[n] for n, ids in results)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text(max_size=30) | st.sampled_from(ODD_TEXTS), max_size=3))
+def test_offsets_are_those_of_transformers(tokenizer, oracle, texts):
+    batch, offsets = tokenizer.encode_offsets(texts)
+    ends = batch.lengths.cumsum()
+    for text, start, end in zip(texts, ends - batch.lengths, ends, strict=True):
+        expected = oracle(text, add_special_tokens=False, return_offsets_mapping=True)
+        assert batch.input_ids[start:end].tolist() == expected["input_ids"]
+        assert offsets[start:end].tolist() == [list(pair) for pair in expected["offset_mapping"]]
+
+
+def test_offsets_of_a_lone_surrogate_and_of_no_text(tokenizer):
+    _, offsets = tokenizer.encode_offsets(["a \ud800 b"])
+    assert offsets.tolist()[-1] == [4, 5]
+    batch, offsets = tokenizer.encode_offsets([])
+    assert (batch.lengths.shape, offsets.shape) == ((0,), (0, 2))
+    with pytest.raises(ValueError, match=r"texts\[1\] is a int"):
+        tokenizer.encode_offsets(["a", 1])

@@ -38,6 +38,11 @@ def training_options(extra: Sequence[str]) -> dict[str, Any]:
     return vars(given)
 
 
+def resume(word: str | None) -> bool | str:
+    """`--resume_from_checkpoint`: whether, or from which checkpoint."""
+    return {None: False, "true": True, "false": False}.get(word if word is None else word.lower(), word or False)
+
+
 def _spelled(word: str) -> str:
     """A flag with underscores, as `TrainingArguments` spells it."""
     if not word.startswith("--"):

@@ -67,9 +67,12 @@ def pretrain(
     split_sentences: Annotated[
         bool, typer.Option("--split-sentences", help="Cut lines that hold several sentences, after . ! ? and a space.")
     ] = False,
-    shard_tokens: Annotated[int, typer.Option(help="Tokens of the text that make a shard.")] = 1 << 24,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens of the text that make a shard.")] = 1 << 23,
     num_workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; the data do not depend on it.", show_default="all processors")
+        int | None,
+        typer.Option(
+            min=1, help="Processes; the data do not depend on it.", show_default="all processors, fewer for little text"
+        ),
     ] = None,
 ) -> None:
     """Make shards for pre-training of text: segments, labels and masks, as google-research/bert does.

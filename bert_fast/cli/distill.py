@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bert_fast.cli._app import command
-from bert_fast.cli.finetune import Column, LabelColumn, PairColumn, ReadOption, TextColumn, _columns, _options, _resume
+from bert_fast.cli.finetune import Column, LabelColumn, PairColumn, ReadOption, TextColumn, _columns, _options
 
 STUDENT = "The student (one of these)"
 LOSS = "What it learns"
@@ -110,7 +110,7 @@ def distill(
 
     Any option of TrainingArguments may follow, as --seed 1, --bf16 true, --max_tokens_per_batch 4096.
     """
-    from bert_fast.cli._arguments import training_options
+    from bert_fast.cli._arguments import resume, training_options
 
     arguments = {
         "num_train_epochs": num_train_epochs,
@@ -145,7 +145,7 @@ def distill(
             arguments=arguments,
             max_train_samples=max_train_samples,
             max_eval_samples=max_eval_samples,
-            resume=_resume(resume_from_checkpoint),
+            resume=resume(resume_from_checkpoint),
         )
     )
     if int(os.environ.get("RANK", "0")) == 0:

@@ -116,6 +116,9 @@ def finetune(
     label_all_tokens: Annotated[
         bool | None, _kind("--label_all_tokens", "Tokens: train on all sub-words of a word.")
     ] = None,
+    return_entity_level_metrics: Annotated[
+        bool | None, _kind("--return_entity_level_metrics", "Tokens: also score each type of entity.")
+    ] = None,
     doc_stride: Annotated[int | None, _kind("--doc_stride", "Questions: tokens between two windows.")] = None,
     max_query_length: Annotated[int | None, _kind("--max_query_length", "Questions: tokens of a question.")] = None,
     max_answer_length: Annotated[int | None, _kind("--max_answer_length", "Questions: tokens of an answer.")] = None,
@@ -138,7 +141,7 @@ def finetune(
     Any option of TrainingArguments may follow, as --seed 1, --bf16 true, --max_tokens_per_batch 4096, --freeze encoder.
     With several processes: torchrun --nproc_per_node 2 -m bert_fast.cli finetune ...
     """
-    from bert_fast.cli._arguments import training_options
+    from bert_fast.cli._arguments import resume, training_options
 
     arguments = {
         "num_train_epochs": num_train_epochs,
@@ -150,6 +153,7 @@ def finetune(
         "max_seq_length": max_seq_length,
         "problem": problem,
         "label_all_tokens": label_all_tokens,
+        "return_entity_level_metrics": return_entity_level_metrics,
         "doc_stride": doc_stride,
         "max_query_length": max_query_length,
         "max_answer_length": max_answer_length,
@@ -178,7 +182,7 @@ def finetune(
             max_train_samples=max_train_samples,
             max_eval_samples=max_eval_samples,
             early_stopping_patience=early_stopping_patience,
-            resume=_resume(resume_from_checkpoint),
+            resume=resume(resume_from_checkpoint),
             plain=plain,
         )
     )
@@ -269,7 +273,3 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _resume(word: str | None) -> bool | str:
-    return {None: False, "true": True, "false": False}.get(word if word is None else word.lower(), word or False)

@@ -58,7 +58,7 @@ class Options:
     words: str = "tokenizer"
     text_field: str | None = None
     split_sentences: bool = False
-    shard_tokens: int = 1 << 24
+    shard_tokens: int = 1 << 23
 
     def __post_init__(self) -> None:
         for name, known in (("objective", OBJECTIVES), ("masking", MASKINGS), ("scheme", SCHEMES), ("words", WORDS)):

@@ -43,28 +43,20 @@ class ShardDataset:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        counts: list[int] = []
-        self._places: list[tuple[Any, int]] = []  # of each batch its shard, and its number there
-        import pyarrow as pa
-
         for entry in self.manifest["shards"]:
             path = self.folder / entry["file"]
             if not path.is_file() or path.stat().st_size != entry["size"]:
                 found = f"has {path.stat().st_size} bytes, expected {entry['size']}" if path.is_file() else "is missing"
                 raise ValueError(f"{path} {found}: make the data anew")
-            with pa.memory_map(str(path)) as file:  # the map outlives it: shards may be more than files can be open
-                reader = pa.ipc.open_file(file.read_buffer())
-            self._places += [(reader, number) for number in range(reader.num_record_batches)]
-            full, rest = divmod(entry["num_instances"], self.manifest["batch_size"])
-            counts += [self.manifest["batch_size"]] * full + [rest] * (rest > 0)
+        counts = [entry["num_instances"] for entry in self.manifest["shards"]]
         self._ends = np.cumsum(counts, dtype=np.int64)
-        self._batches: list[_Batch | None] = [None] * len(counts)
+        self._shards: list[list[_Batch] | None] = [None] * len(counts)
 
     def __reduce__(self) -> tuple[type[ShardDataset], tuple[Path]]:
         return ShardDataset, (self.folder,)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """An instance.
@@ -82,8 +74,8 @@ class ShardDataset:
             raise IndexError(f"instance {index} of {len(self)}")
         index %= len(self)
         number = int(np.searchsorted(self._ends, index, side="right"))
-        batch = self._batch(number)
-        row = index - (int(self._ends[number - 1]) if number else 0)
+        place, row = divmod(index - (int(self._ends[number - 1]) if number else 0), self.manifest["batch_size"])
+        batch = self._batches(number)[place]
         start, stop = batch.starts[row], batch.starts[row + 1]
         return {
             **{name: values[start:stop] for name, values in batch.per_token.items()},
@@ -93,15 +85,20 @@ class ShardDataset:
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
         """(num_instances,) tokens of each instance, [CLS] and [SEP] included."""
-        parts = [np.diff(self._batch(number).starts) for number in range(len(self._batches))]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        shards = (self._batches(number) for number in range(len(self._shards)))
+        return np.concatenate([np.diff(batch.starts) for shard in shards for batch in shard])
 
-    def _batch(self, number: int) -> _Batch:
-        batch = self._batches[number]
-        if batch is None:
-            reader, place = self._places[number]
-            batch = self._batches[number] = _columns(reader.get_batch(place))
-        return batch
+    def _batches(self, number: int) -> list[_Batch]:
+        """Those of a shard. Its file is closed, as thousands of shards would be too many open ones; the map stays."""
+        batches = self._shards[number]
+        if batches is None:
+            import pyarrow as pa
+
+            with pa.memory_map(str(self.folder / self.manifest["shards"][number]["file"])) as file:
+                reader = pa.ipc.open_file(file)
+                batches = [_columns(reader.get_batch(place)) for place in range(reader.num_record_batches)]
+            self._shards[number] = batches
+        return batches
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -33,6 +33,9 @@ from bert_fast.data.workers import in_order
 BUILDING = ".building"
 PLAN = "plan.json"
 
+#: Bytes of text that are worth the second that it takes to start a process.
+BYTES_PER_WORKER = 1 << 21
+
 #: What `ENOSPC` and its kin mean to whoever waits for the data.
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -68,7 +71,8 @@ def build(
         output: the folder.
         options: what is made.
         entities: a file of names, one a line, whose tokens are hidden together; for the schemes that go by words.
-        num_workers: processes, as many as there are processors if it is not given; the data do not depend on it.
+        num_workers: processes; if it is not given as many as there are processors, fewer for little text. The data do
+            not depend on it. They are started afresh, so that a script has to be under `if __name__ == "__main__":`.
 
     Returns:
         The manifest, as `ShardDataset.manifest` has it.
@@ -82,16 +86,17 @@ def build(
         raise ValueError("entities are given, which static masks of the scheme subword do not ask for")
     if options.scheme == "entity" and entities is None:
         raise ValueError("the scheme entity needs a file of entities")
-    workers = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
-    if workers < 1:
-        raise ValueError(f"num_workers is {workers}, expected at least 1")
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"num_workers is {num_workers}, expected at least 1")
     files, vocabulary, folder = find_files(inputs), Vocabulary.read(tokenizer), Path(output)
+    worth = 1 + sum(path.stat().st_size for path in files) // BYTES_PER_WORKER
+    workers = num_workers or min(len(os.sched_getaffinity(0)), worth)
     names = () if entities is None else tuple(read_entities(Path(entities)))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, expected a folder")
     for given in map(Path, inputs):
         if given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
-            raise ValueError(f"the output {folder} lies in the input {given}; choose another folder")
+            raise ValueError(f"{folder} is in {given}, whose files are the text; choose a folder elsewhere")
     with _explained(folder), disk.locked(folder):
         plan = {
             "format": FORMAT,

@@ -89,7 +89,11 @@ def _lines(result: TransferResult) -> list[dict[str, str]]:
         line["against the whole"] = "" if path is whole else f"{path.mean - whole.mean:+.4f}"
         for name in whole.stages:
             change = path.perplexities.get(name)
-            line[f"{name} perplexity"] = f"{change[0]:.1f} to {change[1]:.1f}" if change else "-"
+            line[f"{name} perplexity"] = " to ".join(map(_rounded, change)) if change else "-"
         line["seconds"] = f"{path.seconds:.1f}"
         lines.append(line)
     return lines
+
+
+def _rounded(perplexity: float) -> str:
+    return f"{perplexity:,.0f}" if perplexity >= 100 else f"{perplexity:.1f}"

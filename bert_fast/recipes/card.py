@@ -117,8 +117,8 @@ def _front_matter(
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    task = results.get("task")
-    hub_id, configuration = HUB_DATASETS.get(str(task), (GLUE, task) if task in DATASETS else (None, None))
+    task = str(results.get("task"))
+    hub_id, configuration = HUB_DATASETS.get(task, (GLUE, task) if task in DATASETS else (None, None))
     data_type, data_name = hub_id or name, DATASETS[task].title if task in DATASETS else _own_data(results)
     found = [
         EvalResult(
@@ -135,7 +135,7 @@ def _front_matter(
         for metric, value in values.items()
     ]
     metrics = {HUB_METRICS.get(metric, metric) for values in scores.values() for metric in values}
-    given = {
+    given: dict[str, Any] = {
         "library_name": "sentence-transformers" if name == "embeddings" else "transformers",
         "pipeline_tag": kind.pipeline_tag,
         "tags": ["bert", "bert_fast", *(["sentence-transformers"] if name == "embeddings" else [])],
@@ -184,7 +184,7 @@ def _scored(scores: Mapping[str, Mapping[str, float]], main_metric: str | None) 
 
 
 def _data(results: Mapping[str, Any]) -> list[str]:
-    train, task = results["train"], results.get("task")
+    train, task = results["train"], str(results.get("task"))
     facts = [f"{key}: `{Path(str(value)).name}`" for key, value in _given(results["settings"], DATA_FILES)]
     if task in DATASETS:
         facts.insert(0, f"data set: {task} ({DATASETS[task].title})")

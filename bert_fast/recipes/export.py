@@ -104,7 +104,8 @@ def _write_weights(
 
 def _of_its_step(results: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of a checkpoint on the way: the scores of its own step, and no time, which is that of the run."""
-    step, scores = state.get("global_step"), {}
+    step = state.get("global_step")
+    scores: dict[str, float] = {}
     wanted = {f"eval_{name}": name for values in results.get("metrics", {}).values() for name in values}
     for entry in state.get("log_history", ()):
         if entry.get("step") == step:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from bert_fast import disk
 from bert_fast.benchmarking import markdown_table
 from bert_fast.folders import read_json
 from bert_fast.loading import WEIGHT_PATTERNS
@@ -104,10 +105,8 @@ def search(settings: SearchSettings) -> SearchResult:
 
     Raises:
         ValueError: the settings are impossible; the folder has a search that was another one; every trial failed.
-        RuntimeError: another search has the folder.
+        FolderBusyError: another search has the folder.
     """
-    from bert_fast.training import checkpoints
-
     if settings.base.validation_file is None and settings.base.data_dir is None:
         raise ValueError("a search needs a validation_file, whose score says which trial is the best")
     if not settings.seeds:
@@ -116,7 +115,7 @@ def search(settings: SearchSettings) -> SearchResult:
         raise ValueError(f"trials is {settings.trials}, expected at least 1")
     check_space(settings.space, grid=settings.trials is None)
     output_dir = Path(settings.base.output_dir)
-    with checkpoints.locked(output_dir):
+    with disk.locked(output_dir):
         _same_search(settings, output_dir / DEFINITION_FILE)
         done = read_trials(output_dir)
         total = (settings.trials or len(grid_points(settings.space))) * len(settings.seeds)
@@ -291,7 +290,8 @@ def _tidy(settings: SearchSettings, trials: Sequence[Trial]) -> Trial | None:
 
 def trials_table(trials: Sequence[Trial]) -> str:
     """A Markdown table, a line for each trial, the best points first and those that failed last."""
-    ranked = sorted(points(trials), key=lambda group: -(mean_score(group) if mean_score(group) is not None else -9.0))
+    scored = [(mean_score(group), group) for group in points(trials)]
+    ranked = [group for _, group in sorted(scored, key=lambda pair: (pair[0] is None, -(pair[0] or 0.0)))]
     several = any(len(group) > 1 for group in ranked)
     lines = []
     for group in ranked:

@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import save
 
+from bert_fast import disk
 from bert_fast.data.catalogue import read
 from bert_fast.folders import read_json, resolve
+from bert_fast.loading import WEIGHTS_FILE, read_state_dict
 from bert_fast.recipes._paths import PathResult, TransferResult, transfer_page, transfer_table
 from bert_fast.recipes._splits import replacing
 from bert_fast.recipes._toml import argument_names, check_known, read_toml
-from bert_fast.recipes.adapt import AdaptSettings, adapt
 from bert_fast.recipes.finetune import FinetuneSettings, finetune
+from bert_fast.recipes.pretrain import PretrainSettings, pretrain
 
 #: Stages of masked language modelling, in the order in which they run.
 ADAPTING = ("domain", "task")
@@ -32,8 +35,22 @@ STAGE_FILE = "stage.json"
 
 TABLE_FILE, PAGE_FILE, MODEL = "transfer.md", "transfer.html", "model"
 
-#: Settings that the stages do not get from the file.
-_OURS = ("model_name_or_path", "output_dir", "resume", "arguments")
+#: Settings that the stages do not get from the file; the last ones are of fresh models, and of ELECTRA's.
+_OURS = (
+    "model_name_or_path",
+    "output_dir",
+    "resume",
+    "arguments",
+    "phases",
+    "config_name",
+    "tokenizer_name",
+    "initialization",
+    "embedding_size",
+    "disc_weight",
+    "generator_name_or_path",
+    "generator_hidden_size",
+    "generator_layers",
+)
 
 
 @dataclass
@@ -43,7 +60,7 @@ class TransferSettings:
     Attributes:
         model: the checkpoint to start from.
         output_dir: the folder of all stages.
-        stages: "domain" and "task", as far as the file has them -> settings of `recipes.adapt` and arguments of
+        stages: "domain" and "task", as far as the file has them -> settings of `recipes.pretrain` and arguments of
             training. A task without a `train_file` takes the texts that are fine-tuned on.
         finetune: settings of `recipes.finetune` and arguments of training.
         seeds: of the fine-tunings; a path is judged by their mean.
@@ -85,7 +102,7 @@ def read_recipe(path: str | Path) -> TransferSettings:
         ablation=bool(values.get("ablation", True)),
     )
     for name, table in stages.items():
-        _stage_settings(AdaptSettings, table, f"{path}, [{name}]")
+        _stage_settings(PretrainSettings, table, f"{path}, [{name}]")
     _stage_settings(FinetuneSettings, settings.finetune, f"{path}, [finetune]")
     return settings
 
@@ -111,17 +128,15 @@ def transfer(settings: TransferSettings, say: Callable[[str], object] = print) -
 
     Raises:
         ValueError: a setting is impossible, or an input is missing; the message says of which stage.
-        RuntimeError: another run has the folder.
+        FolderBusyError: another run has the folder.
     """
-    from bert_fast.training import checkpoints
-
     output_dir = Path(settings.output_dir)
     stages = tuple(name for name in ADAPTING if name in settings.stages)
     paths = [
         chosen for count in range(len(stages), -1, -1) for chosen in itertools.combinations(stages, count)
     ] if settings.ablation else [stages]  # fmt: skip
     _check_inputs(settings)
-    with checkpoints.locked(output_dir):
+    with disk.locked(output_dir):
         runner = _Runner(settings, output_dir, say)
         results = [runner.path(path) for path in paths]
         metric = runner.metric
@@ -155,14 +170,15 @@ class _Runner:
         perplexities, seconds = {}, 0.0
         for count, name in enumerate(stages):
             folder = self.folder(stages[:count], name)
-            table = _stage_settings(AdaptSettings, self.settings.stages[name], name)
+            table = _stage_settings(PretrainSettings, self.settings.stages[name], name)
             seen = dict(table)
             if not table.get("train_file"):
-                whose = ("task", "columns", "train_file", "data_dir")
+                whose = ("task", "columns", "read_options", "train_file", "data_dir")
                 seen |= {key: value for key, value in self.settings.finetune.items() if key in whose}
             done = self._run(folder, table, seen, model, digest, self._adapt)
             model, digest = folder, done["digest"]
-            perplexities[name] = (done["result"]["perplexity_before"], done["result"]["perplexity"])
+            if done["result"]["after"] is not None:
+                perplexities[name] = (done["result"]["before"], done["result"]["after"])
             seconds += done["seconds"]
         scores = []
         for seed in self.settings.seeds:
@@ -217,9 +233,16 @@ class _Runner:
         return done
 
     def _adapt(self, folder: Path, table: dict[str, Any], model: Path, resume: bool) -> dict[str, Any]:
-        texts = None if table.get("train_file") else _task_texts(self.settings)
-        settings = AdaptSettings(model_name_or_path=str(model), output_dir=str(folder), resume=resume, **table)
-        return dict(adapt(settings, texts))
+        if not table.get("train_file"):
+            texts = folder / "texts.txt"
+            with replacing(texts) as file:
+                file.writelines(f"{' '.join(text.split())}\n\n" for text in _task_texts(self.settings))
+            table = {**table, "train_file": str(texts)}
+        result = pretrain(
+            PretrainSettings(model_name_or_path=str(model), output_dir=str(folder), resume=resume, **table)
+        )
+        _keep_pooler(model, folder)
+        return {"before": result.before.get("perplexity"), "after": result.after.get("perplexity")}
 
     def _finetune(self, folder: Path, table: dict[str, Any], model: Path, resume: bool) -> dict[str, Any]:
         settings = FinetuneSettings(model_name_or_path=str(model), output_dir=str(folder), resume=resume, **table)
@@ -232,11 +255,21 @@ class _Runner:
         }
 
 
+def _keep_pooler(source: Path, folder: Path) -> None:
+    """Put the pooler of a checkpoint into one that was trained on from it without one: a classifier will read it."""
+    trained, before = read_state_dict(folder), read_state_dict(source)
+    pooler = {f"bert.{name.removeprefix('bert.')}": value for name, value in before.items() if "pooler." in name}
+    if pooler and not pooler.keys() & trained.keys():
+        with disk.written_at_once(folder / WEIGHTS_FILE) as file:
+            file.write(save({**trained, **pooler}, metadata={"format": "pt"}))
+
+
 def _task_texts(settings: TransferSettings) -> list[str]:
     """The texts that are fine-tuned on, without what is said of them."""
     table = _stage_settings(FinetuneSettings, settings.finetune, "finetune")
-    source = table.get("train_file") or table.get("data_dir")
-    examples = read(table["task"], source, split="train", columns=table.get("columns") or None, labelled=False)
+    source = str(table.get("train_file") or table.get("data_dir"))
+    options = table.get("read_options", {})
+    examples = read(table["task"], source, split="train", columns=table.get("columns"), labelled=False, **options)
     return [text for example in examples.examples for text in _texts(example)]
 
 
@@ -279,7 +312,7 @@ def _check_inputs(settings: TransferSettings) -> None:
 def _key(seen: dict[str, Any], model: str) -> dict[str, Any]:
     """What decides what comes of a stage: its settings, what its files hold, and the digest of what it starts from."""
     files = {name: _digest_of(Path(value)) for name, value in seen.items() if _is_input(name) and value}
-    return json.loads(json.dumps({"settings": seen, "files": files, "model": model}))  # type: ignore[no-any-return]
+    return json.loads(json.dumps({"settings": seen, "files": files, "model": model}))
 
 
 def _digest_of(path: Path) -> str:

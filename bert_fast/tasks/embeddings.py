@@ -54,8 +54,10 @@ class SentenceEmbeddings(Task):
     def settings(self) -> EmbeddingSettings:
         """What the head is told; ValueError for options that are impossible."""
         names = ("pooling_mode", "normalize", "max_seq_length", "scale", "margin", "symmetric")
-        loss = {} if self.loss is None else {"loss": self.loss}
-        return EmbeddingSettings(**{name: getattr(self, name) for name in names}, **loss)
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.loss is not None:
+            given["loss"] = self.loss
+        return EmbeddingSettings(**given)
 
     @property
     def main_metric(self) -> str:
@@ -228,7 +230,7 @@ def _ranks(examples: Sequence[SentencesExample], vectors: NDArray[np.float32]) -
     vectors (num_examples, num_texts, dimension), of length 1. A text that several examples have is one candidate.
     """
     numbers: dict[str, int] = {}
-    places = []
+    places: list[tuple[int, int]] = []
     right: dict[str, set[int]] = {}
     for index, example in enumerate(examples):
         for place, text in enumerate(example.texts[1:], 1):

@@ -15,7 +15,7 @@ from bert_fast.data.examples import TokensExample
 from bert_fast.heads import IGNORED_LABEL
 from bert_fast.tasks._batches import CHUNK, in_order, label_number, rows_of_each, split_tokens
 from bert_fast.tasks._task import Features, Output, Prediction, Task
-from bert_fast.tasks.metrics import accuracy, entity_scores
+from bert_fast.tasks.metrics import accuracy, entity_scores, entity_scores_by_type
 from bert_fast.tokenization import Tokenizer
 
 #: The tag of words that are part of no entity, and of those that `max_seq_length` cut off.
@@ -33,6 +33,7 @@ class TokenClassification(Task):
         labels: the tags, by number; None takes them from the training examples.
         max_seq_length: tokens of a text, special tokens included; words beyond it are tagged O, and counted.
         label_all_tokens: in training, give the other sub-words a tag, too: that of the word, I-X after B-X.
+        return_entity_level_metrics: add precision, recall and F1 of each type of entity, as `PER_f1`.
     """
 
     kind: ClassVar[str] = "tokens"
@@ -41,6 +42,7 @@ class TokenClassification(Task):
     labels: tuple[str, ...] | None = None
     max_seq_length: int = 128
     label_all_tokens: bool = False
+    return_entity_level_metrics: bool = False
 
     @property
     def main_metric(self) -> str:
@@ -126,7 +128,11 @@ class TokenClassification(Task):
         """See `Task`; of entities, or the accuracy for other tags."""
         references, answers = [list(example.tags) for example in examples], [p["tags"] for p in predictions]
         if self._has_entities:
-            return entity_scores(references, answers)
+            scores = entity_scores(references, answers)
+            by_type = entity_scores_by_type(references, answers) if self.return_entity_level_metrics else {}
+            for kind, of_kind in by_type.items():
+                scores |= {f"{kind}_{name}": of_kind[name] for name in ("precision", "recall", "f1")}
+            return scores
         return {"accuracy": accuracy([*chain(*references)], [*chain(*answers)])}
 
 

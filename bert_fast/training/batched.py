@@ -20,6 +20,7 @@ from bert_fast.training.batches import PackingCollator, TokenBudgetSampler
 from bert_fast.training.durable import DurableTrainer
 from bert_fast.training.inspection import InspectingCollator, Inspector, fingerprint
 from bert_fast.training.masking import IndexedDataset
+from bert_fast.training.phases import PhasedSampler
 
 
 class BatchedTrainer(DurableTrainer):
@@ -43,7 +44,7 @@ class BatchedTrainer(DurableTrainer):
                 "BertForQuestionAnswering count from the beginning of a padded text: take bert_fast's, or leave it out"
             )
         self.followers: list[Any] = [self.data_collator] if hasattr(self.data_collator, "set_epoch") else []
-        self._sampler: TokenBudgetSampler | None = None
+        self._sampler: TokenBudgetSampler | PhasedSampler | None = None
         self._digest: str | None = None
         self._cuts_batches = False
         # Shared, because workers that persist keep the copy that they were started with.
@@ -78,7 +79,7 @@ class BatchedTrainer(DurableTrainer):
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
 
-    def _token_sampler(self, examples: Any, max_tokens: int) -> TokenBudgetSampler:
+    def _token_sampler(self, examples: Any, max_tokens: int) -> TokenBudgetSampler | PhasedSampler:
         if self._sampler is None:
             self._sampler = TokenBudgetSampler(
                 _lengths(examples),

@@ -111,9 +111,10 @@ class DistillationTrainer(Trainer):
         self.teacher.to(self.args.device)
         if not weights.labels and self.train_dataset is not None:
             self.label_names = [name for name in self.label_names if name in self.train_dataset[0]]
-        student, of_teacher = self.student.config, self.teacher.config
-        self._pairs = imitation.matching_states(student.num_hidden_layers, of_teacher.num_hidden_layers)
-        self._relation_heads = imitation.relation_heads(student, of_teacher)
+        shape: Any = self.student.config
+        of_teacher: Any = self.teacher.config
+        self._pairs = imitation.matching_states(shape.num_hidden_layers, of_teacher.num_hidden_layers)
+        self._relation_heads = imitation.relation_heads(shape, of_teacher)
         self._kept: dict[int, tuple[Tensor, ...]] = {}
         self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._parts_since = 0

@@ -39,11 +39,11 @@ def label_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Te
 
 def span_divergence(student: Tensor, teacher: Tensor, lengths: list[int], temperature: float) -> Tensor:
     """The same where the classes are the tokens of a text. (num_tokens,) logits, one text after another -> (texts,)."""
-    rows = [
-        pad_sequence(list(logits.split(lengths)), batch_first=True, padding_value=-math.inf)
+    said, wanted = (
+        pad_sequence(list(logits.split(lengths)), batch_first=True, padding_value=torch.finfo(logits.dtype).min / 4)
         for logits in (student, teacher)
-    ]
-    return class_divergence(*(row.clamp_min(torch.finfo(row.dtype).min / 4) for row in rows), temperature)
+    )
+    return class_divergence(said, wanted, temperature)
 
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:

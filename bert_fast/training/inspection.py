@@ -38,7 +38,7 @@ class Facts:
         indexes: numbers of its examples in the data set; empty for a stream.
         lengths: tokens of each sequence.
         num_labels: what the loss is the mean over: labels that are not ignored, or examples.
-        num_pairs: what the next-sentence loss is the mean over; 0 for other heads.
+        num_pairs: what the second loss is the mean over: pairs, for ELECTRA's pre-training tokens; 0 for other heads.
     """
 
     indexes: tuple[int, ...]
@@ -66,7 +66,7 @@ class Inspector:
 
     def __init__(self, model: nn.Module) -> None:
         names = [kind.__name__ for kind in type(model).__mro__]
-        self.head = next((name for name in names if name.startswith("BertFor")), "")
+        self.head = next((name for name in names if name.startswith(("BertFor", "Electra"))), "")
         self.config: Any = getattr(model, "config", None)
         self.hides_labels = isinstance(model, Head)
 
@@ -81,8 +81,12 @@ class Inspector:
         except ValueError as error:
             whose = f"of the examples {', '.join(map(str, indexes))}" if indexes else "of a stream"
             raise ValueError(f"{error}, in a batch {whose}") from error
-        num_pairs = len(batch["next_sentence_label"]) if "next_sentence_label" in batch else 0
-        return Facts(indexes, _lengths(batch), self._num_labels(batch), num_pairs)
+        lengths = _lengths(batch)
+        if self.head == "ElectraPretraining":
+            num_pairs = sum(lengths)
+        else:
+            num_pairs = len(batch["next_sentence_label"]) if "next_sentence_label" in batch else 0
+        return Facts(indexes, lengths, self._num_labels(batch), num_pairs)
 
     def _num_labels(self, batch: Mapping[str, Any]) -> int:
         if "labels" in batch:
@@ -106,7 +110,7 @@ class Inspector:
     def _num_classes(self, batch: Mapping[str, Any]) -> int | None:
         """Of `labels`; None where they are not the number of a class."""
         config = self.config
-        if self.head in ("BertForMaskedLM", "BertForPreTraining"):
+        if self.head in ("BertForMaskedLM", "BertForPreTraining", "ElectraForMaskedLM", "ElectraPretraining"):
             return int(config.vocab_size)
         if self.head == "BertForNextSentencePrediction":
             return 2

@@ -25,6 +25,7 @@ PLOT_FILE = "metrics.svg"
 SHOWN = (
     ("loss", "loss", "{:.4f}"),
     ("eval_loss", "eval loss", "{:.4f}"),
+    ("eval_perplexity", "perplexity", "{:,.1f}"),
     ("learning_rate", "lr", "{:.2e}"),
     ("grad_norm", "gradient", "{:.2f}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),

@@ -152,7 +152,7 @@ class Trainer(BatchedTrainer):
         """The micro-batches of a step, and what they are together, over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         facts = [batch.get(FACTS) or self.inspector.facts(batch) for batch in batches]
-        flops = sum(step_flops(getattr(self.model, "config", None), batch.lengths) for batch in facts)
+        flops = sum(self._flops(batch) for batch in facts)
         sums = [
             sum(batch.num_labels for batch in facts),
             sum(batch.num_pairs for batch in facts),
@@ -165,8 +165,8 @@ class Trainer(BatchedTrainer):
             counts = torch.tensor(sums, dtype=torch.int64)
             dist.all_reduce(counts, group=self._counts_group)
             sums = counts.tolist()
-        *counts, signals = sums
-        self._step = _Step(*counts, terminating=signals > 0)
+        num_labels, num_pairs, sequences, num_tokens, flops, signals = sums
+        self._step = _Step(num_labels, num_pairs, sequences, num_tokens, flops, terminating=signals > 0)
         self._micro_batches.clear()
         return batches, None
 
@@ -276,7 +276,12 @@ class Trainer(BatchedTrainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Useful ones of the micro-batch just trained on."""
-        return step_flops(getattr(self.model, "config", None), self._facts.lengths)
+        return self._flops(self._facts)
+
+    def _flops(self, facts: Facts) -> int:
+        model: Any = self.model
+        shapes = model.shapes if isinstance(model, Head) else (getattr(model, "config", None),)
+        return sum(step_flops(shape, facts.lengths) for shape in shapes)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Not used: `_Counting` counts them."""

@@ -29,6 +29,9 @@ TABLES = (
     "generator_lm_head.weight", "generator_lm_head.bias",
 )  # fmt: skip
 
+#: Families whose tables those are.
+MODEL_TYPES = ("bert", "electra")
+
 #: What the copy of a checkpoint leaves out: weights in other forms, which have the old vocabulary.
 OTHER_WEIGHTS = ("onnx", "openvino", "*.onnx", "*.h5", "*.msgpack", "*.ot", ".*")
 
@@ -173,7 +176,7 @@ def extend(path_or_id: str | Path, words: Iterable[str], output: str | Path) -> 
     and so do ids and vectors of every text that has none of the words, nor one that begins with them (`changes`).
 
     Args:
-        path_or_id: a BERT checkpoint or a sentence-transformers folder; a Hub id; or `demo`.
+        path_or_id: a BERT or ELECTRA checkpoint or a sentence-transformers folder; a Hub id; or `demo`.
         words: as they are in a text; the tokenizer's normalisation applies.
         output: a new folder, which appears whole or not at all. It holds what the checkpoint's folder does, but for
             weights in other forms (ONNX and the like); transformers and sentence-transformers load it.
@@ -185,8 +188,9 @@ def extend(path_or_id: str | Path, words: Iterable[str], output: str | Path) -> 
         ValueError: no word is left, the checkpoint or its tokenizer cannot be read or do not fit each other, or
             `output` is there already and not empty.
     """
+    from bert_fast.config import BertConfig
     from bert_fast.embedder import Recipe
-    from bert_fast.loading import WEIGHT_PATTERNS, WEIGHTS_FILE, read_config, read_state_dict, write_weights
+    from bert_fast.loading import WEIGHT_PATTERNS, WEIGHTS_FILE, read_state_dict, write_weights
 
     folder = resolve(path_or_id)
     source = Recipe.read(folder).transformer
@@ -195,13 +199,16 @@ def extend(path_or_id: str | Path, words: Iterable[str], output: str | Path) -> 
     if not extension.pieces:
         reasons = "; ".join(f"{word} {reason}" for word, reason in list(extension.refused.items())[:3])
         raise ValueError("there is no word to add" + (f": {reasons}" if reasons else ""))
-    config, state = read_config(source), read_state_dict(source)
-    if backend.get_vocab_size() > config.vocab_size:
+    config = read_json(source / CONFIG_FILE)
+    if (model_type := config.get("model_type", "bert")) not in MODEL_TYPES:
+        raise ValueError(f"model_type is {model_type!r}, expected one of {', '.join(MODEL_TYPES)}")
+    vocab_size = config.get("vocab_size", BertConfig.vocab_size)
+    if backend.get_vocab_size() > vocab_size:
         raise ValueError(
             f"the tokenizer of {source} has {backend.get_vocab_size()} tokens, but the model's vocab_size is "
-            f"{config.vocab_size}"
+            f"{vocab_size}"
         )
-    state = _with_rows(state, extension, config.vocab_size)
+    state = _with_rows(read_state_dict(source), extension, vocab_size)
     ignored = shutil.ignore_patterns(*WEIGHT_PATTERNS, *OTHER_WEIGHTS)
     with new_folder(output) as building:
         shutil.copytree(folder, building, dirs_exist_ok=True, ignore=ignored)
@@ -209,9 +216,8 @@ def extend(path_or_id: str | Path, words: Iterable[str], output: str | Path) -> 
             path.chmod(path.stat().st_mode | stat.S_IWUSR)
         target = building / source.relative_to(folder)
         _write_tokenizer(source, target, backend, list(extension.pieces))
-        values = read_json(source / CONFIG_FILE)
-        values["vocab_size"] = max(config.vocab_size, extension.first_id + len(extension.pieces))
-        (target / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        config["vocab_size"] = max(vocab_size, extension.first_id + len(extension.pieces))
+        (target / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_weights(state, target / WEIGHTS_FILE)
         shutil.copymode(target / CONFIG_FILE, target / WEIGHTS_FILE)  # safetensors lets only the owner read it
     return extension

@@ -116,7 +116,7 @@ def command(text, out, *arguments):
     return [sys.executable, "-m", "bert_fast.cli", "data", "pretrain", *map(str, [*given, *arguments])]
 
 
-@pytest.mark.parametrize(("num_documents", "workers"), [(3000, 2), (8000, 1)])
+@pytest.mark.parametrize(("num_documents", "workers"), [(8000, 1), pytest.param(3000, 2, marks=pytest.mark.slow)])
 def test_a_full_disk(tmp_path, num_documents, workers):
     """No file may have more than 500,000 bytes: a shard of 3,000 documents has more, the tokens of 8,000 have, too."""
     text, out = corpora.write(tmp_path, num_documents), tmp_path / "out"

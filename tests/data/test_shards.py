@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from bert_fast import disk
 from bert_fast.data import shards
 from bert_fast.data.corpus import write_corpus
 from bert_fast.data.encoding import Encoder, Vocabulary
@@ -184,6 +185,13 @@ def test_a_folder_is_read_in_other_processes_and_by_others(made):
             dataset[index]
 
 
+def test_shards_are_no_open_files(made):
+    before = len(os.listdir("/proc/self/fd"))
+    dataset = ShardDataset(made["nsp", "static", "subword"])
+    assert dataset.lengths.sum() == sum(len(dataset[index]["input_ids"]) for index in range(len(dataset)))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_more_than_a_batch(tmp_path):
     """Instances are found by number across batches of a shard."""
     text = tmp_path / "long.txt"
@@ -326,8 +334,10 @@ def test_folders_that_are_refused(tmp_path, made):
         build([text], "demo", tmp_path / "mine", corpora.options(), num_workers=1)
     with pytest.raises(ValueError, match=r"corpus\.txt is a file, expected a folder"):
         build([text], "demo", text, corpora.options(), num_workers=1)
-    with pytest.raises(ValueError, match=r"the output .*out lies in the input"):
-        build([tmp_path], "demo", tmp_path / "out", corpora.options(), num_workers=1)
+    with pytest.raises(ValueError, match=r"out is in .*, whose files are the text"):
+        build([tmp_path], "demo", tmp_path / "mine" / "out", corpora.options(), num_workers=1)
+    with disk.locked(tmp_path / "busy"), pytest.raises(OSError, match=r"another run has .*busy \(process \d+ on .*\)"):
+        build([text], "demo", tmp_path / "busy", corpora.options(), num_workers=1)
     with pytest.raises(ValueError, match="num_workers is 0"):
         build([text], "demo", tmp_path / "out", corpora.options(), num_workers=0)
     with pytest.raises(ValueError, match="entities are given, which static masks"):

@@ -47,11 +47,12 @@ def test_a_search_by_flags(files, tmp_path):
     command = ["search-hparams", "--model_name_or_path", model, "--task_name", "classification", "--output-dir"]
     command += [tmp_path / "out", "--train_file", texts, "--validation_file", texts, "--use_cpu", "true"]
     command += ["--plot_metrics", "false", "--max_steps", "1"]
-    done = run(*command, "--vary", "learning_rate=1e-3..1e-2:log", "--trials", 2, "--seeds", "3,4")
+    done = run(*command, "--vary", "learning_rate=1e-3..1e-2:log", "--trials", 1, "--seeds", "3,4")
     assert done.exit_code == 0, done.output
     trials = [json.loads(line) for line in (tmp_path / "out" / "trials.jsonl").read_text().splitlines()]
-    assert [trial["seed"] for trial in trials] == [3, 4, 3, 4]
-    assert trials[0]["parameters"] == trials[1]["parameters"] != trials[2]["parameters"]
+    assert [trial["seed"] for trial in trials] == [3, 4]
+    assert trials[0]["parameters"] == trials[1]["parameters"]
+    assert 1e-3 <= trials[0]["parameters"]["learning_rate"] <= 1e-2
     assert done.stdout.splitlines()[0].startswith("| trial |")
     for flags, message in (
         (["--vary", "learning_rte=1e-3"], "the space has 'learning_rte', which is no setting there; did you mean"),

@@ -69,6 +69,7 @@ def test_a_student_learns_from_texts_without_labels(places, tmp_path):
         distill(dataclasses.replace(wanted, output_dir=str(tmp_path / "b"), unlabelled=False))
 
 
+@pytest.mark.slow
 def test_a_narrower_student_and_one_that_was_trained_before(places, tmp_path):
     shape = json.loads((places / "teacher" / "config.json").read_text())
     shape |= {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32, "id2label": {"0": "x", "1": "y"}}
@@ -118,7 +119,7 @@ def test_half_of_the_demos_layers_keep_most_of_its_score(tmp_path, capsys):
     torch.set_num_threads(2)
     reviews = Path(__file__).parent.parent.parent / "examples" / "reviews"
     train, validation = str(reviews / "train.tsv"), str(reviews / "validation.tsv")
-    arguments = {**small.SHORT, "per_device_train_batch_size": 16, "learning_rate": 1e-4, "save_only_model": True}
+    arguments = {**small.SHORT, "per_device_train_batch_size": 32, "learning_rate": 2e-4, "save_only_model": True}
     teacher = FinetuneSettings("demo", "classification", str(tmp_path / "teacher"), train, validation)
     finetune(dataclasses.replace(teacher, arguments={**arguments, "num_train_epochs": 3}))
     result = distill(

@@ -139,6 +139,20 @@ def test_evaluate_and_predict(run, tmp_path):
         predict.evaluate(tuned, tmp_path / "texts.tsv", progress=False)
 
 
+def test_a_data_set_by_name_and_its_submission(base, run, tmp_path):
+    finetune(settings(base, tmp_path / "run", "sst2", {"max_steps": 1}))
+    tuned = predict.load(tmp_path / "run", device="cpu")
+    file = EXAMPLES / "reviews" / "validation.tsv"
+    predict.predict(tuned, file, tmp_path / "said.jsonl", submission=tmp_path / "submission", progress=False)
+    rows = (tmp_path / "submission" / "SST-2.tsv").read_text().splitlines()
+    said = [line["label"] for line in lines(tmp_path / "said.jsonl")]
+    expected = [f"{number}\t{int(label == 'positive')}" for number, label in enumerate(said)]
+    assert rows == ["index\tprediction", *expected]
+    tuned = predict.load(run.output_dir, device="cpu")
+    with pytest.raises(ValueError, match="the benchmark is 'classification', expected one of cola"):
+        predict.predict(tuned, file, tmp_path / "said.jsonl", submission=tmp_path / "other")
+
+
 def test_outputs_do_not_depend_on_batches(run):
     tuned = predict.load(run.output_dir, device="cpu")
     part = predict.read_split(tuned, EXAMPLES / "reviews" / "validation.tsv", labelled=True)
@@ -168,9 +182,18 @@ def test_a_test_file_needs_no_labels(base, tmp_path):
     assert list(labelled.metrics) == ["test"]
 
 
+QUESTIONS = {"max_seq_length": 128, "doc_stride": 40, "version_2_with_negative": True}
+
+
 @pytest.mark.parametrize(
     ("task", "folder", "ending", "options"),
     [
+        ("question_answering", "questions", "json", {"task_options": QUESTIONS}),
+        ("question_answering", "questions", "json", {"task_options": QUESTIONS, "plain": True}),
+        ("embeddings", "pairs", "tsv", {}),
+        ("embeddings", "pairs", "tsv", {"plain": True}),
+        ("multiple_choice", "endings", "csv", {"plain": True}),
+        ("tokens", "entities", "txt", {"plain": True}),
         ("tokens", "entities", "txt", {"task_options": {"label_all_tokens": True}}),
         ("multiple_choice", "endings", "csv", {}),
         ("classification", "topics", "jsonl", {}),  # several labels
@@ -179,11 +202,12 @@ def test_a_test_file_needs_no_labels(base, tmp_path):
     ],
 )
 def test_other_kinds_of_tasks(base, tmp_path, task, folder, ending, options):
+    options = dict(options)
     files = {f"{split}_file": f"{folder}/{split}.{ending}" for split in ("train", "validation")}
-    result = finetune(settings(base, tmp_path, task, **files, **options))
+    arguments = {"max_steps": 2, **options.pop("arguments", {})}
+    result = finetune(settings(base, tmp_path, task, arguments, **files, **options))
     tuned = predict.load(tmp_path, device="cpu")
-    options = {"split": "validation", "labelled": True}
-    part = predict.read_split(tuned, EXAMPLES / files["validation_file"], **options)
+    part = predict.read_split(tuned, EXAMPLES / files["validation_file"], "validation", labelled=True)
     said = {line["id"]: line for line in predict.said_of(tuned, part, progress=False)}
     written = lines(tmp_path / "predictions_validation.jsonl")
     assert len(written) == 16

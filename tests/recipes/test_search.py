@@ -93,6 +93,7 @@ def test_a_search_that_was_interrupted_goes_on_in_the_middle_of_its_trial(model,
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_drawn_points_do_not_depend_on_interruptions(model, tmp_path):
     def settings(folder, trials):
         return SearchSettings(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from bert_fast import BertConfig
 from bert_fast.data.examples import Answer, QuestionExample, TextExample
 from bert_fast.modules import BertForQuestionAnswering
+from bert_fast.tasks._batches import PaddingCollator
 from bert_fast.tasks._spans import Window, best_spans, max_context, null_span, window_bounds
 from bert_fast.tasks.question_answering import QuestionAnswering
 from bert_fast.tokenization import Tokenizer
@@ -327,7 +328,12 @@ def test_packed_and_padded_say_the_same(tokenizer):
     features = task.features([question(), question("who?", "Ida Brandt", id="r")], tokenizer, labelled=False)
     with torch.no_grad():
         packed = task.outputs(model, task.collator(config)(features.inputs))
+        padded = task.outputs(model, PaddingCollator(0)(features.inputs))
         alone = [task.outputs(model, PackingCollator()([feature]))[0] for feature in features.inputs]
-    for got, expected in zip(packed, alone, strict=True):
-        for logits, wanted in zip(got, expected, strict=True):
-            np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-6)
+    for said in (packed, padded):
+        for got, expected in zip(said, alone, strict=True):
+            for logits, wanted in zip(got, expected, strict=True):
+                np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-6)
+    labelled = task.features([question(), question("who?", "Ida Brandt", id="r")], tokenizer, labelled=True)
+    losses = [model(**collate(labelled.inputs)).loss for collate in (task.collator(config), PaddingCollator(0))]
+    torch.testing.assert_close(losses[0], losses[1])

@@ -93,6 +93,9 @@ def test_entities_are_scored_as_seqeval_does_and_other_tags_by_accuracy():
     assert metrics["f1"] == pytest.approx(f1_score([list(tags) for tags in truth], said))
     assert metrics["accuracy"] == pytest.approx(0.8)
     assert task.main_metric == "f1"
+    task.return_entity_level_metrics = True
+    by_type = {"PER_f1": 0.0, "PER_precision": 0.0, "PER_recall": 0.0, "LOC_f1": 1.0}
+    assert task.metrics(examples, predictions).items() >= {**metrics, **by_type}.items()
     parts = TokenClassification()
     parts.learn([TokensExample("0", ("he", "ran"), ("PRON", "VERB"))])
     assert parts.labels == ("PRON", "VERB")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 import bert_fast
-from bert_fast import heads
+from bert_fast import heads, ops
+from bert_fast.electra import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining, ElectraPretraining
 from bert_fast.modules import BertForMaskedLM, BertForPreTraining, BertForQuestionAnswering, BertForTokenClassification
 from bert_fast.training.batches import TokenBudgetSampler
 from bert_fast.training.progress import METRICS_FILE, PLOT_FILE, read
@@ -120,6 +121,36 @@ def test_packed_spans_weigh_by_those_that_lie_in_their_text(tmp_path: Path) -> N
             row["start_positions"] = row["end_positions"] = len(row["input_ids"])
     loss, gradients = first_step(tmp_path / "packed", make("spans"), rows, 1, max_tokens_per_batch=40)
     assert loss == pytest.approx(expected, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_weighed_second_loss_accumulates(tmp_path: Path) -> None:
+    models = [make("pre-training") for _ in range(2)]
+    for model in models:
+        model.next_sentence_weight = 0.3
+    rows = examples("pre-training")
+    expected, whole = first_step(tmp_path / "whole", models[0], rows, 8)
+    loss, gradients = first_step(tmp_path / "parts", models[1], rows, 1)
+    assert expected != pytest.approx(first_step(tmp_path / "one", make("pre-training"), rows, 8)[0], rel=1e-2)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_electra_accumulates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its second loss is a mean over all tokens. No seeds of dropout are drawn, so that the samples are the same."""
+    monkeypatch.setattr(ops, "draw_seeds", lambda count: torch.zeros(count, dtype=torch.int64))
+
+    def model() -> ElectraPretraining:
+        torch.manual_seed(7)
+        shape = ElectraConfig.from_dict({**tiny.config(0.0).to_dict(), "model_type": "electra", "embedding_size": 16})
+        return ElectraPretraining(ElectraForMaskedLM(shape.generator(0.5)), ElectraForPreTraining(shape))
+
+    expected, whole = first_step(tmp_path / "whole", model(), examples("words"), 8)
+    loss, gradients = first_step(tmp_path / "parts", model(), examples("words"), 1)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert gradients.keys() == whole.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
 

@@ -116,6 +116,23 @@ def test_a_masked_language_model_scores_a_new_word_as_its_pieces(tiny, tmp_path,
         torch.testing.assert_close(theirs(ids).logits[0, 1].double(), after, rtol=0, atol=tolerance)
 
 
+def test_a_generator_of_electra(tiny, tmp_path):
+    options = {"embedding_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.ElectraForMaskedLM(transformers.ElectraConfig(**options, intermediate_size=16)).eval()
+    torch.nn.init.normal_(model.generator_lm_head.bias)
+    model.save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny / name, tmp_path / "model" / name)
+    extension = extend(tmp_path / "model", WORDS, tmp_path / "longer")
+    longer = transformers.ElectraForMaskedLM.from_pretrained(tmp_path / "longer").eval()
+    ids = torch.tensor([[101, 103, 2003, 102]])
+    with torch.no_grad():
+        before, after = model(ids).logits[0, 1], longer(ids).logits[0, 1]
+    torch.testing.assert_close(after[:30522], before, rtol=0, atol=1e-6)
+    for score, pieces in zip(after[30522:], extension.pieces.values(), strict=True):
+        torch.testing.assert_close(score, before[list(pieces)].mean(), rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_the_real_model(tmp_path):
     """All of the sentence-transformers folder goes along, and gives the same vectors but for the new words."""
@@ -217,6 +234,14 @@ def test_a_tokenizer_that_does_not_fit_the_table(tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 30600}))
     with pytest.raises(ValueError, match=r"word_embeddings.weight has 30522 rows, expected vocab_size, 30600"):
         extend(folder, WORDS, tmp_path / "x")
+
+
+def test_a_family_with_other_tables(tiny, tmp_path):
+    source = shutil.copytree(tiny, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "mpnet"}))
+    with pytest.raises(ValueError, match="model_type is 'mpnet', expected one of bert, electra"):
+        extend(source, WORDS, tmp_path / "x")
 
 
 def test_ids_with_gaps():

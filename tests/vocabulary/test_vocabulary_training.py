@@ -1,6 +1,7 @@
 """Trained vocabularies: the same every time, read alike by transformers, closed under their alphabet."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -111,14 +112,14 @@ print(hashlib.sha256("\\n".join(train(lines, vocab_size=900, limit_alphabet=28).
 """
 
 
-def test_the_same_vocabulary_in_every_process_and_order():
+def test_the_same_vocabulary_in_every_process_order_and_number_of_threads():
     """The library's hash tables are seeded anew in each process, and so are its vocabularies, left to itself."""
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(seed)], capture_output=True, text=True, check=True, cwd=ROOT
-        ).stdout
-        for seed in range(4)
-    }
+    found = set()
+    for seed in range(4):
+        environment = {**os.environ, "RAYON_NUM_THREADS": str(seed + 1)}
+        command = [sys.executable, "-c", SCRIPT, str(seed)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+        found.add(done.stdout)
     assert len(found) == 1
 
 

@@ -268,16 +268,6 @@ def test_finished_data_are_not_made_again(tmp_path):
         build([text], "demo", out, corpora.options(), num_workers=1)
 
 
-def test_open_data_keep_no_file_open(made):
-    """Text of BERT's size makes more shards than a process may have files open."""
-    folder = made["nsp", "static", "subword"]
-    before = len(os.listdir("/proc/self/fd"))
-    dataset = ShardDataset(folder)
-    assert len(dataset.manifest["shards"]) == 8
-    assert dataset[len(dataset) - 1]["input_ids"][0] == CLS
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
 def test_a_disk_that_is_full_at_the_very_beginning(tmp_path, monkeypatch):
     def full(path, value):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))

@@ -65,7 +65,7 @@ def read_texts(
     for number, name, row in cells.rows(use_ids):
         text = cells.text(row, "text", number)
         pair = cells.text(row, "text_pair", number) if "text_pair" in cells else None
-        value = _chosen(table, number, row, several) if len(several) > 1 else cells.get(row, "label", number)
+        value = _chosen(table, number, row, several) if len(several) > 1 else cells.listed(row, "label", number)
         rows.append((number, name, text, pair, value))
     if problem is None:
         problem = "multi" if len(several) > 1 else _infer(column, [row[4] for row in rows])
@@ -112,7 +112,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

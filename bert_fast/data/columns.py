@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bert_fast.data.dataset import Columns, Dataset, Request
-from bert_fast.data.tables import Table
+from bert_fast.data.tables import WRONG_NUMBER_OF_COLUMNS, Table
 
 #: Columns that hold the id of an example where they are there and nothing else is said.
 IDS = ("id", "idx", "guid")
@@ -44,7 +44,7 @@ def find_columns(
         if role not in roles:
             raise ValueError(f"there is no role {role!r} to give a column to; there are: {', '.join(roles)}")
         for part in parts(table, column) if role != target or request.labelled else ():
-            _require(table, part)
+            require_column(table, part)
     inputs = {role: column for role, column in given.items() if role not in (target, "id")}
     for layout in layouts:
         wanted = {role: column for role, column in layout.items() if role not in inputs}
@@ -73,7 +73,8 @@ def parts(table: Table, column: str) -> list[str]:
     return [column] if column in table.columns else column.split(",")
 
 
-def _require(table: Table, column: str) -> None:
+def require_column(table: Table, column: str) -> None:
+    """ValueError, with the columns that there are, if the file has no such column."""
     if column not in table.columns:
         raise ValueError(f"{table.path} has no column {column!r}; it has: {_names(table)}")
 
@@ -82,7 +83,7 @@ def _fail(table: Table, layouts: Sequence[Columns]) -> None:
     if len(layouts) == 1:
         for column in layouts[0].values():
             for part in column.split(","):
-                _require(table, part)
+                require_column(table, part)
     known = " or ".join(", ".join(layout.values()) for layout in layouts)
     raise ValueError(f"{table.path} has no columns {known}; it has: {_names(table)}; say which column is which")
 
@@ -117,10 +118,17 @@ class Cells:
             raise self.wrong(role, number, value, "text")
         return value
 
-    def texts(self, row: Mapping[str, Any], role: str, number: int) -> tuple[str, ...]:
-        """A list of texts, or a text that holds one in JSON, or several with spaces between them."""
+    def listed(self, row: Mapping[str, Any], role: str, number: int) -> Any:
+        """The value, or the list that it holds in JSON; a list as Python prints it, which pandas writes, is refused."""
         value = as_list(self.get(row, role, number))
-        if isinstance(value, str):
+        if isinstance(value, str) and value.startswith(("['", '["')):
+            raise self.wrong(role, number, value, 'a list in JSON, as ["one", "two"]')
+        return value
+
+    def texts(self, row: Mapping[str, Any], role: str, number: int, *, cut: bool = True) -> tuple[str, ...]:
+        """A list of texts, or a text that holds one in JSON, or, if it may be cut, several with spaces between them."""
+        value = self.listed(row, role, number)
+        if cut and isinstance(value, str):
             return tuple(value.split())
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.wrong(role, number, value, "a list of texts")
@@ -133,7 +141,7 @@ class Cells:
         return ValueError(f"{self.table.where(number)}: column {self.columns[role]!r} is {shown}, expected {expected}")
 
     def rows(self, use_ids: bool = True) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
-        """(number, id, row); the id is that of the file, or the place of the row, from 0.
+        """(number, id, row); the id is that of the file, or the place of the row in it, from 0.
 
         Raises:
             ValueError: two rows have one id.
@@ -141,7 +149,7 @@ class Cells:
         lines: dict[str, int] = {}
         for place, (number, row) in enumerate(self.table.rows):
             if not use_ids or "id" not in self.columns:
-                yield number, str(place), row
+                yield number, str(place + self.table.skipped[WRONG_NUMBER_OF_COLUMNS]), row
                 continue
             name = str(self.get(row, "id", number))
             if lines.setdefault(name, number) != number:
@@ -156,7 +164,7 @@ def as_list(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         try:
             parsed = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
         return parsed if isinstance(parsed, list) else value
     return value

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_fast.data.classification import read_texts
+from bert_fast.data.columns import require_column
 from bert_fast.data.dataset import Request
 from bert_fast.data.examples import Examples
 from bert_fast.data.tables import Table, open_table, read_lines
@@ -17,6 +18,7 @@ COLA_COLUMNS = ("source", "label", "star", "sentence")
 UNDECIDED = "-"
 #: MRPC's official file holds training and validation; these, beside it, hold the pairs of ids of GLUE's validation.
 MRPC_DEV_IDS = ("dev_ids.tsv", "mrpc_dev_ids.tsv")
+MRPC_IDS = ("#1 ID", "#2 ID")
 
 
 def read_glue(request: Request, **options: Any) -> Examples:
@@ -53,6 +55,8 @@ def _mrpc_split(table: Table, split: str) -> Iterator[tuple[int, Mapping[str, An
         if split != "train":
             raise ValueError(f"{table.path} holds the split {split!r} only with {' or '.join(MRPC_DEV_IDS)} beside it")
         return table.rows
+    for name in MRPC_IDS:
+        require_column(table, name)
     ids = {tuple(line.rstrip("\r\n").split("\t")) for line in read_lines(found)}
     wanted = split == "validation"
-    return ((number, row) for number, row in table.rows if ((row["#1 ID"], row["#2 ID"]) in ids) == wanted)
+    return ((number, row) for number, row in table.rows if ((row[MRPC_IDS[0]], row[MRPC_IDS[1]]) in ids) == wanted)

@@ -6,7 +6,7 @@ import pickle
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -117,8 +117,11 @@ def load_array(path: Path, name: str) -> np.ndarray:
             read_header = np.lib.format.read_array_header_1_0
             if version != (1, 0):
                 read_header = np.lib.format.read_array_header_2_0
-            shape, _, dtype = read_header(file)
-            array = _unpickle(file) if dtype.hasobject else np.frombuffer(file.read(), dtype).reshape(shape)
+            shape, by_column, dtype = read_header(file)
+            order: Literal["C", "F"] = "F" if by_column else "C"
+            array = (
+                _unpickle(file) if dtype.hasobject else np.frombuffer(file.read(), dtype).reshape(shape, order=order)
+            )
     except (KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} has no array {name!r}: {error}") from error
     except (pickle.UnpicklingError, ValueError, EOFError) as error:

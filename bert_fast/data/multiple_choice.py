@@ -58,7 +58,7 @@ def _layouts(table: Table) -> tuple[Columns, ...]:
 def _choices(cells: Cells, row: Mapping[str, Any], number: int) -> tuple[str, ...]:
     columns = parts(cells.table, cells.columns["choices"])
     if len(columns) == 1:
-        choices = cells.texts(row, "choices", number)
+        choices = cells.texts(row, "choices", number, cut=False)
     else:
         choices = tuple(Cells(cells.table, {"choice": column}).text(row, "choice", number) for column in columns)
     if len(choices) < 2:

@@ -146,7 +146,7 @@ def _answers(value: Any, where: str) -> list[tuple[str, int | None]]:
     if isinstance(value, str) and value[:1] in ("{", "["):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return [(value, None)]
     if value is None or value == "":
         return []
@@ -171,5 +171,5 @@ def _answers(value: Any, where: str) -> list[tuple[str, int | None]]:
 def _integer(value: Any, where: str) -> int:
     try:
         return int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{where}: the place of an answer is {value!r}, expected a number of characters") from None

@@ -43,7 +43,7 @@ def read_sentences(request: Request, *, max_score: float = 1.0) -> Examples:
             value = cells.get(row, "score", number)
             try:
                 score = float(value) / max_score
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise cells.wrong("score", number, value, "a number") from None
             if not -1 <= score <= 1:
                 raise cells.wrong("score", number, value, f"a number from {-max_score:g} to {max_score:g}, max_score")

@@ -1,6 +1,6 @@
 """Text -> shards for pre-training: in constant memory, in several processes, to the same bytes whatever interrupts it.
 
-The text is tokenized into files beside the shards (`tokens.py`), and a shard is made of a range of documents and a
+The text is tokenized into files beside the shards (`corpus.py`), and a shard is made of a range of documents and a
 duplicate (`instances.py`). Every file appears whole, under its name, or not at all. What a run is to make is written
 down first, with the digests of the text and the tokenizer, and compared by a later run before it goes on.
 """
@@ -114,8 +114,8 @@ def build(
             try:
                 _tokenize(building, files, encoder, vocabulary.ids["unk_token"], options, workers)
             except ValueError:  # the text has to change, and then nothing of this is of use
-                shutil.rmtree(building)
                 (folder / TOKENIZER).unlink()
+                shutil.rmtree(building)
                 raise
             manifest = _finish(folder, plan, _make(folder, options, vocabulary, workers))
         _tidy(folder)
@@ -164,10 +164,12 @@ def _begin(folder: Path, plan: dict[str, Any], vocabulary: Vocabulary) -> Path:
         _compare(folder, json.loads((building / PLAN).read_text(encoding="utf-8")), plan)
     elif others := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
         raise ValueError(f"{folder} holds {others[0]}, and no pre-training data; choose another folder")
-    building.mkdir(exist_ok=True)
-    with disk.written_at_once(folder / TOKENIZER) as file:
+    else:
+        shutil.rmtree(building, ignore_errors=True)  # of a run that ended before its plan was there, or while tidying
+        building.mkdir()
+        _write_json(building / PLAN, plan)
+    with disk.written_at_once(folder / TOKENIZER) as file:  # after the plan, without which it would be a stranger's
         file.write(vocabulary.text.encode())
-    _write_json(building / PLAN, plan)
     return building
 
 

@@ -112,7 +112,7 @@ def load_json(path: Path) -> Any:
 
 
 def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.name.endswith(".gz") else open(path, "rb")
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.name.lower().endswith(".gz") else open(path, "rb")
 
 
 def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -141,12 +141,16 @@ def _open_cells(
         _, header = next(cells, (0, []))
         if not header:
             raise ValueError(f"{path} is empty")
-    twice = [name for name, times in Counter(header).items() if name and times > 1]
-    if twice:
-        raise ValueError(f"{path} has two columns {twice[0]!r}")
+    _refuse_twice(path, header)
     table = Table(path, "line", tuple(header), iter(()))
     table.rows = _rows(table, cells, skip_ragged)
     return table
+
+
+def _refuse_twice(path: Path, columns: Sequence[str]) -> None:
+    twice = [name for name, times in Counter(columns).items() if name and times > 1]
+    if twice:
+        raise ValueError(f"{path} has two columns {twice[0]!r}")
 
 
 def _rows(
@@ -187,9 +191,11 @@ def _open_parquet(path: Path) -> Table:
         pass
     try:
         file = ParquetFile(path)
-    except ArrowException as error:
+        columns = tuple(file.schema_arrow.names)
+    except (ArrowException, OSError) as error:  # the latter where the end of the file is not what it was
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
-    return Table(path, "row", tuple(file.schema_arrow.names), enumerate(_parquet_rows(path, file), 1))
+    _refuse_twice(path, columns)
+    return Table(path, "row", columns, enumerate(_parquet_rows(path, file), 1))
 
 
 def _parquet_rows(path: Path, file: Any) -> Iterator[Mapping[str, Any]]:

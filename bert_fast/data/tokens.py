@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bert_fast.data.columns import Cells, as_list, find_columns, layouts_of
+from bert_fast.data.columns import Cells, find_columns, layouts_of
 from bert_fast.data.dataset import Columns, Dataset, Request
 from bert_fast.data.examples import Examples, TokensExample
 from bert_fast.data.tables import FORMATS, Table, format_of, open_table, read_lines
@@ -83,7 +83,7 @@ def _from_table(table: Table, request: Request, iob1: bool) -> Examples:
 
 def _listed(cells: Cells, row: Any, number: int, dataset: Dataset | None) -> tuple[str, ...] | None:
     """The tags of a row, as texts; a data set's may be numbers of its labels."""
-    value = as_list(cells.get(row, "tags", number))
+    value = cells.listed(row, "tags", number)
     if value is None:
         return None
     if isinstance(value, str):

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+#: Different stretches of text without a space that are collected before they are cut into words.
+MOST_CHUNKS = 1 << 16
+
 #: Seconds of reading after which a progress bar appears.
 PROGRESS_DELAY = 2.0
 
@@ -44,13 +47,20 @@ def count_words(texts: Iterable[str], backend: tokenizers.Tokenizer) -> Counter[
     tokens that are spelled out in a text are words like any other.
     """
     chunks: Counter[str] = Counter()
-    for text in texts:
-        chunks.update(text.split(" "))  # no word reaches over a space, so each chunk is looked at once in the end
     words: Counter[str] = Counter()
+    for text in texts:
+        chunks.update(text.split(" "))  # no word reaches over a space, so that one is looked at once for many
+        if len(chunks) > MOST_CHUNKS:  # Chinese has no spaces: chunks are lines there
+            _add_words(words, chunks, backend)
+            chunks.clear()
+    _add_words(words, chunks, backend)
+    return words
+
+
+def _add_words(words: Counter[str], chunks: Counter[str], backend: tokenizers.Tokenizer) -> None:
     for chunk, count in chunks.items():
         for word in split(chunk, backend):
             words[word] += count
-    return words
 
 
 def split(text: str, backend: tokenizers.Tokenizer) -> list[str]:

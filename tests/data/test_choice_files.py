@@ -36,7 +36,7 @@ def test_swag_without_labels(tmp_path):
         read("swag", path, labelled=True)
     path = write(tmp_path, "test.jsonl", '{"choices": ["a", "b"], "label": -1}')
     assert read("multiple_choice", path).examples[0] == ChoiceExample("0", (("a", None), ("b", None)))
-    with pytest.raises(ValueError, match="line 1: column 'label' is nothing, expected the number of a choice"):
+    with pytest.raises(ValueError, match=r"line 1: column 'label' is nothing, expected the number of a choice"):
         read("multiple_choice", path, labelled=True)
 
 
@@ -105,3 +105,16 @@ def test_scores_that_are_refused(tmp_path, score, options, message):
 def test_pairs_without_columns(tmp_path):
     with pytest.raises(ValueError, match=r"has no columns anchor, positive, negative or .*; it has: 'one', 'two'"):
         sentences(write(tmp_path, "a.csv", "one,two\na,b\n"))
+
+
+@pytest.mark.parametrize("choices", ["red green blue", "['red apple', 'pear']"])
+def test_a_text_is_not_cut_into_choices(tmp_path, choices):
+    path = write(tmp_path, "a.csv", f'question,choices,label\nWhich?,"{choices}",1\n')
+    with pytest.raises(ValueError, match=r"a.csv, line 2: column 'choices' is .*, expected a list"):
+        read("multiple_choice", path)
+
+
+def test_scores_beyond_any_number(tmp_path):
+    path = write(tmp_path, "a.jsonl", '{"anchor": "a", "positive": "b", "score": 1' + 400 * "0" + "}\n")
+    with pytest.raises(ValueError, match=r"line 1: column 'score' is 1000.*, expected a number"):
+        read("embeddings", path)

@@ -170,6 +170,7 @@ def test_qqp_has_rows_that_are_cut(tmp_path):
     found = read("qqp", path, labelled=True)
     assert [example.text for example in found.examples] == ["Why?", "Who?", "A"]
     assert found.skipped == {WRONG_NUMBER_OF_COLUMNS: 2}
+    assert [example.id for example in found.examples] == ["0", "1", "4"]  # places in the file, as submissions count
     path.write_text(lines("rte") + "2\tE.\tentailment\n")
     with pytest.raises(ValueError, match="line 4 has 3 columns, expected 4"):
         read("rte", path)
@@ -195,6 +196,9 @@ def test_mrpc_as_microsoft_has_it(tmp_path):
     with pytest.raises(ValueError, match=r"the split 'validation' only with dev_ids.tsv or mrpc_dev_ids.tsv beside it"):
         read("mrpc", tmp_path, split="validation")
     (tmp_path / "mrpc_dev_ids.tsv").write_text("11\t21\n")
+    (tmp_path / "msr_paraphrase_train.copy.txt").write_text("Quality\t#1 String\t#2 String\n1\tOne .\tTwo .\n")
+    with pytest.raises(ValueError, match=r"copy.txt has no column '#1 ID'; it has: 'Quality', "):
+        read("mrpc", tmp_path / "msr_paraphrase_train.copy.txt")
     assert [example.text for example in read("mrpc", tmp_path).examples] == ["One ."]
     assert [example.text for example in read("mrpc", tmp_path, split="validation").examples] == ["Two ."]
     assert [example.label for example in read("mrpc", tmp_path, split="test").examples] == LABELS["mrpc"]

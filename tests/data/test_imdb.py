@@ -135,6 +135,13 @@ def test_archives_that_are_refused(keras, reviews, labels, message):
         read("imdb", keras(reviews, labels))
 
 
+def test_padded_reviews_in_any_order(tmp_path):
+    reviews = np.array([[1, 5, 6], [1, 7, 0]])
+    np.savez(tmp_path / "a.npz", c=reviews, f=np.asfortranarray(reviews))
+    for name in ("c", "f"):
+        np.testing.assert_array_equal(load_array(tmp_path / "a.npz", name), reviews)
+
+
 def test_archives_that_are_broken(keras):
     folder = keras()
     (folder / "imdb_word_index.json").write_text("[]")

@@ -125,6 +125,7 @@ def test_rows_with_columns_of_their_own(tmp_path):
         (squad(qa("a", ("Oslo", 13)), qa("a", ("Rome", 32))), r"qas\[1\] has the id 'a', as .*qas\[0\] has"),
         (squad({"id": "a", "answers": []}), r"qas\[0\] has no 'question'; it has: 'id', 'answers'"),
         (squad(qa("a", ("Oslo", "x"))), "the place of an answer is 'x', expected a number of characters"),
+        (squad(qa("a", ("Oslo", float("inf")))), "the place of an answer is inf, expected a number of characters"),
         (squad({**qa("a"), "answers": [3]}), "an answer is 3, expected"),
         (squad({**qa("a"), "question": None}), r"qas\[0\]: 'question' is a NoneType"),
         ({"data": [{"paragraphs": [3]}]}, r"data\[0\].paragraphs\[0\] has no 'context'; it is no object"),
@@ -138,3 +139,9 @@ def test_rows_with_columns_of_their_own(tmp_path):
 def test_what_is_refused(tmp_path, value, message):
     with pytest.raises(ValueError, match=message):
         read("question_answering", write(tmp_path, value))
+
+
+def test_brackets_without_end(tmp_path):
+    rows = [{"question": "Who?", "context": "[" * 20000, "answers": "[" * 20000}]
+    (example,) = read("question_answering", write(tmp_path, rows)).examples
+    assert example.answers == (Answer("[" * 20000, 0),)

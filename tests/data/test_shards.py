@@ -1,6 +1,7 @@
 """Text to shards and back: what an instance looks like, who makes it, and what is refused."""
 
 import copy
+import errno
 import json
 import os
 import pickle
@@ -14,6 +15,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from bert_fast import disk
+from bert_fast.data import shards
+from bert_fast.data.corpus import write_corpus
+from bert_fast.data.encoding import Encoder, Vocabulary
 from bert_fast.data.inspect import instances, statistics
 from bert_fast.data.instances import BATCH, Options
 from bert_fast.data.pretraining import ShardDataset
@@ -262,6 +266,28 @@ def test_finished_data_are_not_made_again(tmp_path):
     text.write_text(corpora.text() + "More.\n")
     with pytest.raises(ValueError, match=r"something else: the text changed in .*corpus\.txt"):
         build([text], "demo", out, corpora.options(), num_workers=1)
+
+
+def test_a_disk_that_is_full_at_the_very_beginning(tmp_path, monkeypatch):
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    text, out = corpora.write(tmp_path), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_write_json", full)
+        with pytest.raises(OSError, match="the same command goes on from there"):
+            build([text], "demo", out, corpora.options(), num_workers=1)
+    assert build([text], "demo", out, corpora.options(), num_workers=1)["statistics"]["documents"] == 40
+
+
+def test_what_is_left_of_another_text_is_not_gone_on_with(tmp_path):
+    """A folder that was being taken away when the process ended: the plan is gone, tokens are still there."""
+    text, out = corpora.write(tmp_path), tmp_path / "out"
+    left, vocabulary = out / ".building", Vocabulary.read("demo")
+    left.mkdir(parents=True)
+    encoder = lambda: Encoder(vocabulary, words="tokenizer")  # noqa: E731
+    list(write_corpus(left, ["Another text.", "", "Its end.", ""], encoder, 100, num_workers=1, part=1))
+    assert build([text], "demo", out, corpora.options(), num_workers=1)["statistics"]["documents"] == 40
 
 
 @pytest.mark.parametrize(

@@ -173,3 +173,20 @@ def test_tsv_of_the_standard_library(tmp_path_factory, written):
     csv.writer(out, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None).writerows([("a", "b"), *written])
     path = write(tmp_path_factory.mktemp("tsv"), "a.tsv", out.getvalue())
     assert rows(path) == [{"a": a, "b": b} for a, b in written]
+
+
+def test_names_in_capitals(tmp_path):
+    path = tmp_path / "ROWS.TSV.GZ"
+    path.write_bytes(gzip.compress(b"text\tlabel\nfirst\ta\n"))
+    assert rows(path) == ROWS[:1]
+
+
+def test_parquet_files_that_are_refused(tmp_path):
+    path = tmp_path / "rows.parquet"
+    write_table(pyarrow.table([["a"], ["b"], ["c"]], names=["text", "label", "label"]), path)
+    with pytest.raises(ValueError, match=r"rows.parquet has two columns 'label'"):
+        open_table(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8] + b"\x05\0\0\0PAR1")  # the footer is said to be shorter than it is
+    with pytest.raises(ValueError, match=r"rows.parquet is not a Parquet file"):
+        open_table(path)

@@ -88,7 +88,7 @@ def test_values_of_json(tmp_path):
     path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
     assert labels(path) == ["1", "true", "x", "2", None]
     path = write(tmp_path, "b.jsonl", '{"text": "a", "label": true}')
-    with pytest.raises(ValueError, match="line 1: column 'label' is True, expected a number"):
+    with pytest.raises(ValueError, match=r"line 1: column 'label' is True, expected a number"):
         labels(path, problem="regression")
     path = write(tmp_path, "b.jsonl", '{"text": "a", "label": {"x": 1}}')
     with pytest.raises(ValueError, match=r"line 1: column 'label' is .*, expected the name of a class"):
@@ -152,3 +152,15 @@ def test_several_labels_joined_and_cut_again(tmp_path_factory, names, delimiter)
     path = tmp_path_factory.mktemp("multi") / "a.tsv"
     path.write_text(f"text\tlabels\na\t{delimiter.join(names)}\n")
     assert labels(path, label_delimiter=delimiter) == [tuple(names)]
+
+
+def test_a_list_as_python_prints_it_is_no_label(tmp_path):
+    path = write(tmp_path, "a.csv", "text,labels\nhello,\"['a', 'b']\"\n")
+    with pytest.raises(ValueError, match=r"a.csv, line 2: column 'labels' is .*, expected a list in JSON"):
+        read("classification", path)
+
+
+def test_a_score_beyond_any_number(tmp_path):
+    path = write(tmp_path, "a.jsonl", '{"text": "a", "score": 1' + 400 * "0" + "}\n")
+    with pytest.raises(ValueError, match=r"line 1: column 'score' is 1000.*, expected a number"):
+        read("classification", path)

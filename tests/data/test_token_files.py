@@ -160,3 +160,20 @@ def test_iob2_stays_and_iob1_gives_it_back(tags):
 @given(tags)
 def test_entities_are_those_of_seqeval(tags):
     assert get_entities(list(iob1_to_iob2(tags))) == get_entities(tags)
+
+
+@pytest.mark.parametrize(
+    ("words", "tags"), [("['EU', 'rejects']", "B-ORG O"), ("EU rejects", "['B-ORG', 'O']"), ("['EU' 'rejects']", "O")]
+)
+def test_lists_as_python_prints_them_are_refused(tmp_path, words, tags):
+    """What pandas writes into a csv; cut at its spaces it would pass for words."""
+    path = write(tmp_path, "a.csv", f'tokens,ner_tags\n"{words}","{tags}"\n')
+    with pytest.raises(ValueError, match=r"a.csv, line 2: column '.*' is .*, expected a list in JSON"):
+        read("tokens", path)
+
+
+def test_brackets_are_words_too(tmp_path):
+    path = write(tmp_path, "a.csv", "tokens,ner_tags\n[ applause ],O O O\n" + 20000 * "[" + "],O\n")
+    found = read("tokens", path).examples
+    assert found[0].words == ("[", "applause", "]")
+    assert len(found[1].words) == 1

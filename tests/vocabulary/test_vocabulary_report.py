@@ -4,6 +4,7 @@ import gzip
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from bert_fast.cli import app
 from bert_fast.folders import resolve
 from bert_fast.tokenization import Tokenizer
+from bert_fast.vocabulary import words
 from bert_fast.vocabulary.report import measure
 
 TEXT = str(Path(__file__).parent.parent.parent / "examples" / "text")
@@ -53,6 +55,20 @@ def test_counts(tokenizer):
     for name in ("num_words", "num_distinct", "num_whole", "num_pieces", "num_unknown"):
         assert sum(getattr(row, name) for row in report.by_length.values()) == getattr(report.all, name)
     assert list(report.by_length) == [(1, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 12), (17, None)]
+
+
+def test_words_are_counted_in_bounded_memory(tokenizer, monkeypatch):
+    """Text without spaces: each line is other, its words are not."""
+    lines = [f"{'東京' * 500}{number}" for number in range(300)]
+    expected = words.count_words(lines, tokenizer.backend)
+    assert (expected["東"], expected["7"]) == (150_000, 1)
+    monkeypatch.setattr(words, "MOST_CHUNKS", 10)
+    tracemalloc.start()
+    counted = words.count_words(("".join([line[:500], line[500:]]) for line in lines), tokenizer.backend)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert counted == expected
+    assert peak < 400_000  # the lines are 600,000
 
 
 def test_steps_are_those_of_the_tokenizers(tokenizer):

@@ -146,10 +146,10 @@ def distill(settings: DistillSettings) -> DistillResult:
     from bert_fast.training.distillation import Weights
 
     output_dir = Path(settings.output_dir)
-    finetune._check_output_dir(output_dir, settings.resume)
+    finetune.check_output_dir(output_dir, settings.resume)
     tuned = _teacher(settings)
     finetuning = _as_finetuning(settings, tuned)
-    args = finetune._arguments(finetuning)
+    args = finetune.arguments_of(finetuning)
     weights = Weights(
         logits=settings.logits_weight,
         labels=0.0 if settings.unlabelled else settings.labels_weight,
@@ -180,7 +180,7 @@ def distill(settings: DistillSettings) -> DistillResult:
     start = time.perf_counter()
     trainer.train(settings.resume or None)
     seconds = time.perf_counter() - start
-    told = finetune._told_of_training(trainer, splits["train"], seconds)
+    told = finetune.told_of_training(trainer, splits["train"], seconds)
 
     metrics: dict[str, dict[str, dict[str, float]]] = {"teacher": {}, "student": {}}
     for name, split in splits.items():
@@ -210,8 +210,8 @@ def distill(settings: DistillSettings) -> DistillResult:
         output_dir, main_metric, measured["teacher"], measured["student"], len(timed.inputs), seconds
     )
     if trainer.is_world_process_zero():
-        finetune._save(output_dir, student, tuned.folder, tuned.task)
-        finetune._write_results(output_dir, finetuning, tuned.task, main_metric, metrics["student"], told)
+        finetune.save_model(output_dir, student, tuned.folder, tuned.task)
+        finetune.write_results(output_dir, finetuning, tuned.task, main_metric, metrics["student"], told)
         _add_to_results(output_dir / RESULTS_FILE, settings, result)
         write_report(output_dir)
         write_card(output_dir)
@@ -244,7 +244,7 @@ def _splits(
     """Split -> its examples as the model takes them, those of training first."""
     found = {}
     options = reading(tuned.task, finetuning.read_options)
-    for split, source in finetune._sources(finetuning).items():
+    for split, source in finetune.sources_of(finetuning).items():
         labelled = None if split.startswith("test") else not (split == "train" and settings.unlabelled)
         examples = read(tuned.data, source, split=split, columns=finetuning.columns, labelled=labelled, **options)
         most = settings.max_train_samples if split == "train" else settings.max_eval_samples

@@ -131,13 +131,13 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
 
     task = task_of(settings.task, settings.task_options)
     output_dir = Path(settings.output_dir)
-    _check_output_dir(output_dir, settings.resume)
-    args = _arguments(settings)
+    check_output_dir(output_dir, settings.resume)
+    args = arguments_of(settings)
     folder = resolve(settings.model_name_or_path)
     config, tokenizer = read_config(folder), read_tokenizer(folder)
     _check_tokenizer(folder, tokenizer, config)
     _check_length(task, config)
-    sources = _sources(settings)
+    sources = sources_of(settings)
     found = _read(settings, task, "train", sources.pop("train"), args.seed)
     task.learn(found.examples)
     _keep_order(task, config)
@@ -163,7 +163,7 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
     start = time.perf_counter()
     trainer.train(settings.resume or None)
     seconds = time.perf_counter() - start
-    train = _told_of_training(trainer, splits["train"], seconds)
+    train = told_of_training(trainer, splits["train"], seconds)
 
     metrics: dict[str, dict[str, float]] = {}
     for name, split in splits.items():
@@ -175,25 +175,26 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
         if trainer.is_world_process_zero():
             write_predictions(output_dir / f"predictions_{name}.jsonl", beside(split.examples, predictions))
     if trainer.is_world_process_zero():
-        _save(output_dir, trainer.model, folder, task)
-        _write_results(output_dir, settings, task, main_metric, metrics, train)
+        save_model(output_dir, trainer.model, folder, task)
+        write_results(output_dir, settings, task, main_metric, metrics, train)
         write_report(output_dir)
         write_card(output_dir)
     trainer.accelerator.wait_for_everyone()
     return FinetuneResult(output_dir, metrics, main_metric, seconds, train)
 
 
-def _check_output_dir(output_dir: Path, resume: bool | str) -> None:
+def check_output_dir(output_dir: Path, resume: bool | str) -> None:
+    """ValueError for the folder of a run that has ended."""
     if (output_dir / TASK_FILE).exists() and not resume:
         raise ValueError(f"{output_dir} holds a model that was fine-tuned before: choose another output_dir")
 
 
-def _arguments(settings: FinetuneSettings) -> Any:
+def arguments_of(settings: FinetuneSettings) -> Any:
     """`TrainingArguments`: what was given, then what suits fine-tuning."""
     from bert_fast.training import TrainingArguments
 
     given = settings.arguments
-    has_validation = any(split.startswith("validation") for split in _sources(settings))
+    has_validation = any(split.startswith("validation") for split in sources_of(settings))
     evaluates = given.get("eval_strategy", "epoch" if has_validation else "no")
     defaults: dict[str, Any] = {
         "eval_strategy": evaluates,
@@ -210,7 +211,7 @@ def _arguments(settings: FinetuneSettings) -> Any:
     return TrainingArguments(settings.output_dir, **{**defaults, **given})
 
 
-def _sources(settings: FinetuneSettings) -> dict[str, str]:
+def sources_of(settings: FinetuneSettings) -> dict[str, str]:
     """Split -> its file, or the folder that it is in."""
     files = {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
     sources = {split: file for split, file in files.items() if file is not None}
@@ -264,7 +265,8 @@ def _model(folder: Path, config: Any, task: Task, plain: bool) -> Head:
     return model
 
 
-def _told_of_training(trainer: Any, split: Split, seconds: float) -> dict[str, Any]:
+def told_of_training(trainer: Any, split: Split, seconds: float) -> dict[str, Any]:
+    """What `FinetuneResult.train` has."""
     return {
         "seconds": seconds,
         "steps": trainer.state.global_step,
@@ -275,7 +277,7 @@ def _told_of_training(trainer: Any, split: Split, seconds: float) -> dict[str, A
     }
 
 
-def _save(output_dir: Path, model: Any, source: Path, task: Task) -> None:
+def save_model(output_dir: Path, model: Any, source: Path, task: Task) -> None:
     """The model, its tokenizer and its task, so that the folder is a checkpoint of its own."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
@@ -284,7 +286,7 @@ def _save(output_dir: Path, model: Any, source: Path, task: Task) -> None:
     save_pretrained(model, output_dir)
 
 
-def _write_results(
+def write_results(
     output_dir: Path,
     settings: FinetuneSettings,
     task: Task,
@@ -292,6 +294,7 @@ def _write_results(
     metrics: Mapping[str, Any],
     train: Mapping[str, Any],
 ) -> None:
+    """Write `results.json`, which the report and the model card are made of."""
     import transformers
 
     results = {

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check failed, 2 bad input (one line on stderr says what)
 from __future__ import annotations
 
 import functools
+import io
 import os
 import signal
 import sys
@@ -75,6 +76,8 @@ def command(
 def _guarded(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show reads ?, and is no error
+            sys.stdout.reconfigure(errors="replace")
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
             function(*args, **kwargs)

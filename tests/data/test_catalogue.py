@@ -1,6 +1,9 @@
 """The catalogue as a whole, the repository's own examples, and the commands that show them."""
 
 import gzip
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -179,3 +182,14 @@ def test_show_takes_the_options_of_the_readers(tmp_path):
         refused = run("data", "show", "classification", path, *args)
         assert (refused.exit_code, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
         assert message in refused.stderr
+
+
+def test_a_terminal_that_lacks_a_character_is_no_error(tmp_path):
+    file = tmp_path / "texts.csv"
+    file.write_text("text,label\n東京,good\nParis,bad\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "bert_fast.cli", "data", "show", "classification", str(file)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "??" in done.stdout

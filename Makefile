@@ -18,6 +18,7 @@ test: .venv/dev extension
 test-slow: .venv/dev extension
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "slow and not gpu" -n 2
 
+# What bert_fast is timed against: no part of CI, and before every `make bench`.
 test-peers: .venv/dev .venv/bench extension
 	$(BIN)/python -m pytest -m peers
 
@@ -31,7 +32,7 @@ check: .venv/dev
 check-native:
 	$(MAKE) --no-print-directory -j 2 -C tests/native
 
-bench: .venv/dev .venv/bench extension
+bench: test-peers
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -53,7 +54,7 @@ INSTALL := BERT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install --quiet --no-bu
 .venv/base: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy pybind11 ninja
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy pybind11 ninja setuptools_scm
 	@touch $@
 
 .venv/demo: .venv/base

@@ -54,14 +54,16 @@ INSTALL := BERT_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install --quiet --no-bu
 .venv/base: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy pybind11 ninja setuptools_scm
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy pybind11 ninja
 	@touch $@
 
 .venv/demo: .venv/base
 	$(INSTALL) ".[demo]"
 	@touch $@
 
+# seqeval is a source distribution whose build tool, setuptools_scm, must not be there when ours is built.
 .venv/dev: .venv/base
+	$(BIN)/python -m pip install --quiet "seqeval>=1.2"
 	$(INSTALL) ".[dev]"
 	@touch $@
 

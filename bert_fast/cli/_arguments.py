@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -49,3 +50,9 @@ def _spelled(word: str) -> str:
         return word
     flag, equals, value = word.partition("=")
     return f"--{flag[2:].replace('-', '_')}{equals}{value}"
+
+
+def print_once(result: object) -> None:
+    """Print, in the first of the processes that torchrun started, or in the only one."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(result)

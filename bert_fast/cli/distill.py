@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bert_fast.cli._app import command
-from bert_fast.cli.finetune import Column, LabelColumn, PairColumn, ReadOption, TextColumn, _columns, _options
+from bert_fast.cli._files import (
+    Column,
+    LabelColumn,
+    PairColumn,
+    ReadOption,
+    TextColumn,
+    read_columns,
+    read_options,
+)
 
 STUDENT = "The student (one of these)"
 LOSS = "What it learns"
@@ -110,7 +117,7 @@ def distill(
 
     Any option of TrainingArguments may follow, as --seed 1, --bf16 true, --max_tokens_per_batch 4096.
     """
-    from bert_fast.cli._arguments import resume, training_options
+    from bert_fast.cli._arguments import print_once, resume, training_options
 
     arguments = {
         "num_train_epochs": num_train_epochs,
@@ -133,8 +140,8 @@ def distill(
             validation_file=validation_file,
             test_file=test_file,
             data_dir=data_dir,
-            columns=_columns(text_column, text_pair_column, label_column, column),
-            read_options=_options("--read_option", read_option),
+            columns=read_columns(text_column, text_pair_column, label_column, column),
+            read_options=read_options("--read_option", read_option),
             unlabelled=unlabelled,
             logits_weight=logits_weight,
             labels_weight=labels_weight,
@@ -148,5 +155,4 @@ def distill(
             resume=resume(resume_from_checkpoint),
         )
     )
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(result)
+    print_once(result)

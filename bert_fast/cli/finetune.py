@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from bert_fast.cli._app import Device, Precision, command
+from bert_fast.cli._files import (
+    FILES,
+    Column,
+    LabelColumn,
+    PairColumn,
+    ReadOption,
+    TextColumn,
+    read_columns,
+    read_options,
+)
 
 SIZE = "How it is trained"
-FILES = "Files and their columns (found by their usual names if not given)"
 KINDS = "For single kinds of tasks (if not given: as the data set has it, or as published)"
 
-TextColumn = Annotated[str | None, typer.Option("--text_column", help="Of the (first) text.", rich_help_panel=FILES)]
-PairColumn = Annotated[
-    str | None,
-    typer.Option("--text_pair_column", help="Of the second text.", rich_help_panel=FILES),
-]
-LabelColumn = Annotated[str | None, typer.Option("--label_column", help="Of the label.", rich_help_panel=FILES)]
-Column = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--column",
-        metavar="ROLE=NAME",
-        help="Any other column, as words=tokens; may be given several times.",
-        rich_help_panel=FILES,
-    ),
-]
-ReadOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--read_option",
-        metavar="NAME=VALUE",
-        help="How files are read: label_delimiter=;  iob1=true  max_score=5. May be given several times.",
-        rich_help_panel=FILES,
-    ),
-]
 FineTunedModel = Annotated[str, typer.Argument(metavar="MODEL", help="A folder that bert-fast finetune left.")]
 Split = Annotated[str, typer.Option(help="Which part, where FILE is the folder of a data set.")]
 
@@ -141,7 +124,7 @@ def finetune(
     Any option of TrainingArguments may follow, as --seed 1, --bf16 true, --max_tokens_per_batch 4096, --freeze encoder.
     With several processes: torchrun --nproc_per_node 2 -m bert_fast.cli finetune ...
     """
-    from bert_fast.cli._arguments import resume, training_options
+    from bert_fast.cli._arguments import print_once, resume, training_options
 
     arguments = {
         "num_train_epochs": num_train_epochs,
@@ -175,9 +158,9 @@ def finetune(
             validation_file=validation_file,
             test_file=test_file,
             data_dir=data_dir,
-            columns=_columns(text_column, text_pair_column, label_column, column),
-            read_options=_options("--read_option", read_option),
-            task_options=given | _options("--task_option", task_option),
+            columns=read_columns(text_column, text_pair_column, label_column, column),
+            read_options=read_options("--read_option", read_option),
+            task_options=given | read_options("--task_option", task_option),
             arguments=arguments,
             max_train_samples=max_train_samples,
             max_eval_samples=max_eval_samples,
@@ -186,8 +169,7 @@ def finetune(
             plain=plain,
         )
     )
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(result)
+    print_once(result)
 
 
 @command()
@@ -210,7 +192,7 @@ def evaluate(
     from bert_fast.recipes import predict as recipe
     from bert_fast.recipes.finetune import table
 
-    columns = _columns(text_column, text_pair_column, label_column, column)
+    columns = read_columns(text_column, text_pair_column, label_column, column)
     tuned = recipe.load(model, device=device, precision=precision)
     metrics, part = recipe.evaluate(tuned, file, split=split, columns=columns, output=output)
     print(f"{len(part.examples)} examples{_notes(part)}")
@@ -235,7 +217,7 @@ def predict(
     """Write what a fine-tuned model says of each example of a file."""
     from bert_fast.recipes import predict as recipe
 
-    columns = _columns(text_column, text_pair_column, None, column)
+    columns = read_columns(text_column, text_pair_column, None, column)
     tuned = recipe.load(model, device=device, precision=precision)
     part = recipe.predict(tuned, file, output, split=split, columns=columns, submission=submission)
     print(f"{output}: {len(part.examples)} examples{_notes(part)}")
@@ -245,31 +227,3 @@ def _notes(part: Any) -> str:
     """What was cut and what was left out of a file."""
     cut = [f"{part.features.num_truncated} cut at max_seq_length"] if part.features.num_truncated else []
     return "".join(f"; {note}" for note in [*cut, *(f"{n} skipped: {why}" for why, n in part.skipped.items())])
-
-
-def _columns(text: str | None, text_pair: str | None, label: str | None, others: list[str] | None) -> dict[str, str]:
-    named = {"text": text, "text_pair": text_pair, "label": label}
-    return {role: name for role, name in named.items() if name is not None} | _pairs("--column", others)
-
-
-def _pairs(flag: str, given: list[str] | None) -> dict[str, str]:
-    """NAME=VALUE, several times."""
-    pairs = {}
-    for word in given or ():
-        name, equals, value = word.partition("=")
-        if not (name and equals and value):
-            raise ValueError(f"{flag} is {word!r}, expected NAME=VALUE")
-        pairs[name] = value
-    return pairs
-
-
-def _options(flag: str, given: list[str] | None) -> dict[str, Any]:
-    return {name.replace("-", "_"): _value(value) for name, value in _pairs(flag, given).items()}
-
-
-def _value(text: str) -> Any:
-    """As JSON writes it, or else the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

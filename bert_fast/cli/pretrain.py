@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -148,7 +147,7 @@ def pretrain(
     Any option of TrainingArguments may follow, as --seed 1, --bf16 true, --gradient_accumulation_steps 8.
     With several processes: torchrun --nproc_per_node 2 -m bert_fast.cli pretrain ...
     """
-    from bert_fast.cli._arguments import resume, training_options
+    from bert_fast.cli._arguments import print_once, resume, training_options
 
     arguments: dict[str, Any] = {
         "num_train_epochs": num_train_epochs,
@@ -196,5 +195,4 @@ def pretrain(
             plain=plain,
         )
     )
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(result)
+    print_once(result)

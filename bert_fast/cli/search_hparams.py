@@ -8,16 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from bert_fast.cli._app import command
-from bert_fast.cli.finetune import (
+from bert_fast.cli._files import (
     Column,
     LabelColumn,
     PairColumn,
     ReadOption,
     TextColumn,
-    _columns,
-    _options,
-    _pairs,
-    _value,
+    read_columns,
+    read_options,
+    read_pairs,
+    read_value,
 )
 
 SEARCH = "What is searched"
@@ -125,9 +125,9 @@ def search_hparams(
         train_file=train_file,
         validation_file=validation_file,
         data_dir=data_dir,
-        columns=_columns(text_column, text_pair_column, label_column, column),
-        read_options=_options("--read_option", read_option),
-        task_options=_options("--task_option", task_option),
+        columns=read_columns(text_column, text_pair_column, label_column, column),
+        read_options=read_options("--read_option", read_option),
+        task_options=read_options("--task_option", task_option),
         arguments=arguments,
         max_train_samples=max_train_samples,
         max_eval_samples=max_eval_samples,
@@ -148,7 +148,7 @@ def _space(vary: list[str] | None, space_file: str | None) -> dict[str, Any]:
     from bert_fast.recipes.spaces import read_space
 
     space: dict[str, Any] = {} if space_file is None else read_space(space_file)
-    return space | {name: _values(name, text) for name, text in _pairs("--vary", vary).items()}
+    return space | {name: _values(name, text) for name, text in read_pairs("--vary", vary).items()}
 
 
 def _values(name: str, text: str) -> Any:
@@ -157,9 +157,9 @@ def _values(name: str, text: str) -> Any:
 
     low, dots, rest = text.partition("..")
     if not dots:
-        return [_value(word) for word in text.split(",")]
+        return [read_value(word) for word in text.split(",")]
     high, colon, kind = rest.partition(":")
-    numbers = [_value(low), _value(high)]
+    numbers = [read_value(low), read_value(high)]
     if (colon and kind != "log") or not all(isinstance(number, int | float) for number in numbers):
         raise ValueError(f"--vary {name} is {text!r}, expected values as 1,2,3 or a range as 1e-5..1e-4:log")
     return Range(numbers[0], numbers[1], log=kind == "log")

@@ -283,12 +283,12 @@ def token_budget(device: torch.device, batch_size: int = DEFAULT_BATCH_SIZE) -> 
     return tokens * min(batch_size, DEFAULT_BATCH_SIZE) // DEFAULT_BATCH_SIZE
 
 
-def progress_bar(total: int | None, show: bool | None = None) -> Any:
-    """A bar over texts; by default only on a terminal, and once the work has lasted `PROGRESS_DELAY`."""
+def progress_bar(total: int | None, show: bool | None = None, unit: str = " texts") -> Any:
+    """A bar; by default only on a terminal, and once the work has lasted `PROGRESS_DELAY`."""
     from tqdm import tqdm
 
     if show is None:
         show, delay = sys.stderr is not None and sys.stderr.isatty(), PROGRESS_DELAY
     else:
         delay = 0.0
-    return tqdm(total=total, unit=" texts", disable=not show, delay=delay)
+    return tqdm(total=total, unit=unit, disable=not show, delay=delay)

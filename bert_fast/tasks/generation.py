@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bert_fast.embedder import progress_bar
 from bert_fast.tasks.filling import MaskFiller
 
 #: How masks become words, and how many steps it takes if nobody says.
@@ -67,7 +68,7 @@ def generate(
     drawers = [_Drawer(filler, temperature, top_k, seed + index) for index in range(num_samples)]
     places = range(start, start + length)
     runs = {"gibbs": (steps + 1) * length, "mask_predict": steps, "left_to_right": length}[method]
-    with _bar(runs, progress) as bar:
+    with progress_bar(runs, progress, " runs") as bar:
         if method == "mask_predict":
             _mask_predict(filler, rows, drawers, places, steps, bar.update)
         else:
@@ -156,9 +157,3 @@ def _mask_predict(
                 words, certainty[index, chosen[index]] = drawer.words(scores)
                 rows[index, chosen[index] + places.start] = words
         progress(1)
-
-
-def _bar(total: int, show: bool | None) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit=" runs", disable=None if show is None else not show, delay=2.0 if show is None else 0)

@@ -12,6 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +47,7 @@ TextField = Annotated[
     str | None,
     typer.Option(help="Key of the text in JSON lines, which a .jsonl file has.", show_default="text"),
 ]
+Entities = Annotated[Path | None, typer.Option(help="Lines of a mention, a tab, and what to read where it is unknown.")]
 
 
 def group(name: str, help: str) -> typer.Typer:

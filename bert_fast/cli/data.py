@@ -59,7 +59,11 @@ def pretrain(
         ),
     ] = "tokenizer",
     entities: Annotated[
-        Path | None, typer.Option(help="A file of names, one a line: the tokens of a name count as one word.")
+        Path | None,
+        typer.Option(
+            help="Names whose tokens count as one word, one a line; of a line with a tab, as bert-fast embed reads it, "
+            "what stands before."
+        ),
     ] = None,
     text_field: Annotated[
         str | None, typer.Option(help="Key of the text in JSON lines; makes any file one.", show_default="text")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bert_fast.cli._app import BatchSize, Device, Dtype, Model, Precision, TextField, command
+from bert_fast.cli._app import BatchSize, Device, Dtype, Entities, Model, Precision, TextField, command
 
 
 @command()
@@ -24,9 +24,7 @@ def embed(
     unknown: Annotated[
         str, typer.Option(help="Words without pieces in the vocabulary: unk, or characters to spell them.")
     ] = "unk",
-    entities: Annotated[
-        Path | None, typer.Option(help="Lines of a mention, a tab, and what to read where it is unknown.")
-    ] = None,
+    entities: Entities = None,
     dtype: Dtype = None,
     precision: Precision = None,
     device: Device = None,

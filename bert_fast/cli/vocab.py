@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bert_fast.cli._app import Model, TextField, command, group
+from bert_fast.cli._app import Entities, Model, TextField, command, group
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -169,9 +169,7 @@ def report(
     tokenizer: Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a tokenizer, a Hub id, or demo.")],
     files: Files,
     text_field: TextField = None,
-    entities: Annotated[
-        Path | None, typer.Option(help="Lines of a mention, a tab, and what to read where it is unknown.")
-    ] = None,
+    entities: Entities = None,
     num_words: Annotated[int, typer.Option(min=1, help="Words in each list.")] = 20,
 ) -> None:
     """Say how well a vocabulary fits a text: [UNK], pieces per word, the words that cost most."""

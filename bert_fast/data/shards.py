@@ -22,11 +22,12 @@ import numpy as np
 
 from bert_fast import disk
 from bert_fast.data.corpus import Corpus, write_corpus
-from bert_fast.data.encoding import TOKENIZER, Encoder, Vocabulary, read_entities
+from bert_fast.data.encoding import TOKENIZER, Encoder, TokenizerVocabulary
 from bert_fast.data.instances import BATCH, Columns, Maker, Options
 from bert_fast.data.pretraining import FORMAT, MANIFEST, read_manifest
 from bert_fast.data.text import find_files, read_sentences
 from bert_fast.data.workers import in_order
+from bert_fast.ladder import read_names
 from bert_fast.terminal import progress_bar
 
 #: What is made on the way, and taken away at the end.
@@ -70,7 +71,8 @@ def build(
         tokenizer: a model: a folder, a Hub id, or `demo`.
         output: the folder.
         options: what is made.
-        entities: a file of names, one a line, whose tokens are hidden together; for the schemes that go by words.
+        entities: a file of names, as `ladder.read_names` takes it, whose tokens are hidden together; for the schemes
+            that go by words.
         num_workers: processes; if it is not given as many as there are processors, fewer for little text. The data do
             not depend on it. They are started afresh, so that a script has to be under `if __name__ == "__main__":`.
 
@@ -88,10 +90,10 @@ def build(
         raise ValueError("the scheme entity needs a file of entities")
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"num_workers is {num_workers}, expected at least 1")
-    files, vocabulary, folder = find_files(inputs), Vocabulary.read(tokenizer), Path(output)
+    files, vocabulary, folder = find_files(inputs), TokenizerVocabulary.read(tokenizer), Path(output)
     worth = 1 + sum(path.stat().st_size for path in files) // BYTES_PER_WORKER
     workers = num_workers or min(len(os.sched_getaffinity(0)), worth)
-    names = () if entities is None else tuple(read_entities(Path(entities)))
+    names = () if entities is None else tuple(read_names(entities))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, expected a folder")
     for given in map(Path, inputs):
@@ -157,7 +159,7 @@ def _record_batch(columns: Columns) -> Any:
     return pa.RecordBatch.from_pydict(arrays | {name: pa.array(v) for name, v in columns.per_instance.items()})
 
 
-def _begin(folder: Path, plan: dict[str, Any], vocabulary: Vocabulary) -> Path:
+def _begin(folder: Path, plan: dict[str, Any], vocabulary: TokenizerVocabulary) -> Path:
     """The folder of what is made on the way, with the plan in it: this one, or the same one of an earlier run."""
     building = folder / BUILDING
     if (building / PLAN).is_file():
@@ -193,7 +195,7 @@ def _tokenize(
         )
 
 
-def _make(folder: Path, options: Options, vocabulary: Vocabulary, workers: int) -> list[dict[str, Any]]:
+def _make(folder: Path, options: Options, vocabulary: TokenizerVocabulary, workers: int) -> list[dict[str, Any]]:
     """All shards that are not there yet; what is in each, in order."""
     corpus = Corpus(folder / BUILDING)
     parts = corpus.parts(options.shard_tokens)

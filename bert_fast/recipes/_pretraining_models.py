@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bert_fast import electra, heads, loading, modules, reference
 from bert_fast.config import BertConfig
-from bert_fast.data.encoding import Vocabulary
+from bert_fast.data.encoding import TokenizerVocabulary
 from bert_fast.electra import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining, ElectraPretraining
 from bert_fast.folders import read_json, resolve
 
@@ -40,7 +40,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spec
 SPARE_ROWS = 127
 
 
-def make_model(settings: PretrainSettings, vocabulary: Vocabulary) -> Any:
+def make_model(settings: PretrainSettings, vocabulary: TokenizerVocabulary) -> Any:
     """The model of these settings, in float32, with fresh weights where it has no others.
 
     Raises:
@@ -55,7 +55,7 @@ def make_model(settings: PretrainSettings, vocabulary: Vocabulary) -> Any:
     return model
 
 
-def _fresh(settings: PretrainSettings, vocabulary: Vocabulary) -> Any:
+def _fresh(settings: PretrainSettings, vocabulary: TokenizerVocabulary) -> Any:
     if settings.initialization not in INITIALIZATIONS:
         known = ", ".join(INITIALIZATIONS)
         raise ValueError(f"initialization is {settings.initialization!r}, expected one of {known}")
@@ -75,7 +75,7 @@ def _fresh(settings: PretrainSettings, vocabulary: Vocabulary) -> Any:
     return model
 
 
-def _config(settings: PretrainSettings, vocabulary: Vocabulary) -> BertConfig:
+def _config(settings: PretrainSettings, vocabulary: TokenizerVocabulary) -> BertConfig:
     """The shape by name or from a file, with what the vocabulary says; the discriminator's for ELECTRA."""
     name, is_electra = settings.config_name, settings.objective == "electra"
     if name is None:
@@ -135,7 +135,7 @@ def _continued(settings: PretrainSettings) -> Any:
     return ElectraPretraining(*parts)
 
 
-def _check_sizes(vocabulary: Vocabulary, config: BertConfig, settings: PretrainSettings) -> None:
+def _check_sizes(vocabulary: TokenizerVocabulary, config: BertConfig, settings: PretrainSettings) -> None:
     if not 0 <= config.vocab_size - vocabulary.size <= SPARE_ROWS:
         what = settings.model_name_or_path or settings.config_name
         raise ValueError(

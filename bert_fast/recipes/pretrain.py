@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bert_fast import __version__, disk
-from bert_fast.data.encoding import Vocabulary
+from bert_fast.data.encoding import TokenizerVocabulary
 from bert_fast.folders import resolve
 from bert_fast.recipes._pretraining_data import PAIRS, Phase, holds_out, make_collator, read_corpus
 from bert_fast.recipes._pretraining_models import describe, make_model, save
@@ -148,7 +148,7 @@ def pretrain(settings: PretrainSettings) -> PretrainResult:
     named = settings.tokenizer_name or settings.model_name_or_path
     if named is None:
         raise ValueError("tokenizer_name is not given, and there is no model_name_or_path whose tokenizer it could be")
-    tokenizer, vocabulary = resolve(named), Vocabulary.read(named)
+    tokenizer, vocabulary = resolve(named), TokenizerVocabulary.read(named)
     transformers.set_seed(args.seed)
     model = make_model(settings, vocabulary)
     _check_lengths(phases, model)

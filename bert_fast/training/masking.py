@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from bert_fast.data.counters import Uniforms
 from bert_fast.data.masking import Masking
-from bert_fast.training.batches import INDEX, WORDS, PackingCollator
+from bert_fast.training.batches import INDEX, WORD_IDS, PackingCollator
 
 
 class IndexedDataset(Dataset[dict[str, Any]]):
@@ -122,14 +122,16 @@ class MaskingCollator:
         return batch
 
     def _words(self, features: Sequence[Mapping[str, Any]], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        if WORDS not in features[0]:
+        if WORD_IDS not in features[0]:
             raise ValueError(
-                f"the features have no {WORDS}, which masks of the scheme {self.masking.scheme} are drawn by"
+                f"the features have no {WORD_IDS}, which masks of the scheme {self.masking.scheme} are drawn by"
             )
-        words = [np.asarray(feature[WORDS], np.int64) for feature in features]
+        words = [np.asarray(feature[WORD_IDS], np.int64) for feature in features]
         for index, (ids, length) in enumerate(zip(words, lengths.tolist(), strict=True)):
             if ids.shape != (length,):
-                raise ValueError(f"{WORDS} of feature {index} has shape {ids.shape}, expected ({length},), its tokens")
+                raise ValueError(
+                    f"{WORD_IDS} of feature {index} has shape {ids.shape}, expected ({length},), its tokens"
+                )
         return np.concatenate(words)
 
     def _draw(self, indices: list[int], lengths: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -25,7 +25,7 @@ PREFIX = "##"
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class TrainedVocabulary:
     """A trained vocabulary, and how text is prepared for it.
 
     Attributes:
@@ -71,7 +71,7 @@ def train(
     chinese_characters: bool = True,
     model_max_length: int = 512,
     show_progress: bool | None = None,
-) -> Vocabulary:
+) -> TrainedVocabulary:
     """Find the WordPiece vocabulary of a text.
 
     Starting from single characters, the two pieces that are most often side by side inside a word are joined, again
@@ -134,7 +134,7 @@ def train(
     backend.train_from_iterator(shown(what="counting words"), trainer)
     found = backend.get_vocab()
     longer = sorted(set(found) - {*first, *alphabet}, key=found.__getitem__)
-    return Vocabulary(
+    return TrainedVocabulary(
         (*FIRST_TOKENS, *alphabet, *inside, *longer),
         config,
         tuple(alphabet),

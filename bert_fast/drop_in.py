@@ -19,8 +19,8 @@ from bert_fast import engine, masked_lm, ops
 from bert_fast.activation import ACTIVATIONS
 from bert_fast.checks import is_recorded
 from bert_fast.encoder import encode, encode_first, first_tokens
-from bert_fast.heads import IGNORED_LABEL, cross_entropy
 from bert_fast.inputs import BertInputs, TableSizes
+from bert_fast.losses import IGNORED_LABEL, cross_entropy, divisor_of
 from bert_fast.modules import obstacle
 from bert_fast.ragged import Padding, Ragged
 
@@ -298,13 +298,9 @@ def _masked_lm_loss(
     if packed is None and _obstacle(bert):
         return None
     rows = masked_lm.encode_labelled(bert, packed, bert.config, *batch, labels)
-    divisor = None if num_items_in_batch is None else float(num_items_in_batch)
-    loss = masked_lm.loss(predictions, rows, divisor)
-    if has_pair:
-        relationship = host.cls.seq_relationship(bert.pooler(rows.first[:, None]))
-        assert next_sentence_label is not None, "looked at above"
-        loss = loss + cross_entropy(relationship, next_sentence_label, name="next_sentence_label")
-    return _loss_output(has_pair, loss, call.return_dict)
+    loss = masked_lm.loss(predictions, rows, divisor_of(num_items_in_batch))
+    relationship = host.cls.seq_relationship(bert.pooler(rows.first[:, None])) if has_pair else None
+    return _loss_output(loss, relationship, next_sentence_label, call.return_dict)
 
 
 def _plain_masked_lm_loss(
@@ -324,17 +320,22 @@ def _plain_masked_lm_loss(
     mask = inputs.get("attention_mask")
     if mask is not None and mask.shape == labels.shape:
         labels = labels.masked_fill(mask == 0, IGNORED_LABEL)
-    divisor = None if num_items_in_batch is None else float(num_items_in_batch)
-    loss = cross_entropy(output.prediction_logits if has_pair else output.logits, labels, divisor)
-    if has_pair:
-        assert next_sentence_label is not None, "looked at above"
-        loss = loss + cross_entropy(output.seq_relationship_logits, next_sentence_label, name="next_sentence_label")
-    return _loss_output(has_pair, loss, host.config.return_dict if return_dict is None else return_dict)
+    logits, relationship = (
+        (output.prediction_logits, output.seq_relationship_logits) if has_pair else (output.logits, None)
+    )
+    loss = cross_entropy(logits, labels, divisor_of(num_items_in_batch))
+    return_dict = host.config.return_dict if return_dict is None else return_dict
+    return _loss_output(loss, relationship, next_sentence_label, return_dict)
 
 
-def _loss_output(has_pair: bool, loss: Tensor, return_dict: bool) -> Any:
+def _loss_output(loss: Tensor, relationship: Tensor | None, next_sentence_label: Any, return_dict: bool) -> Any:
+    """The output of the loss of masked tokens, and of that of the pairs where there are scores of them."""
     modeling = sys.modules[_MODELING]
-    output = modeling.BertForPreTrainingOutput(loss=loss) if has_pair else modeling.MaskedLMOutput(loss=loss)
+    if relationship is None:
+        output = modeling.MaskedLMOutput(loss=loss)
+    else:
+        pair_loss = cross_entropy(relationship, next_sentence_label, name="next_sentence_label")
+        output = modeling.BertForPreTrainingOutput(loss=loss + pair_loss)
     return output if return_dict else output.to_tuple()
 
 

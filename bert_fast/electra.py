@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_fast import engine, heads, masked_lm, modules, reference
+from bert_fast import engine, heads, losses, masked_lm, modules, reference
 from bert_fast.activation import activation
 from bert_fast.config import BertConfig
 from bert_fast.encoder import linear
@@ -158,7 +158,7 @@ class ElectraForMaskedLM(_ElectraHead):
     ) -> LogitsOutput:
         """logits (batch_size, seq_len, vocab_size)."""
         logits = encoded.pad(self.generator_lm_head(self.generator_predictions(encoded.rows)))
-        loss = None if labels is None else heads.token_loss(logits, labels, encoded, divisor)
+        loss = None if labels is None else losses.token_loss(logits, labels, encoded, divisor)
         return LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
     def loss(
@@ -325,7 +325,7 @@ class ElectraPretraining(modules.Pretrained, Head):
         encoded = self.generator.electra.encode_batch(inputs)
         hidden = self.generator.generator_predictions(padding.pack(encoded.pad(encoded.rows))[positions])
         scores = self.generator.generator_lm_head(hidden)
-        generator_loss = heads.cross_entropy(scores, originals, divisor)
+        generator_loss = losses.cross_entropy(scores, originals, divisor)
         corrupted, replaced = corrupt(ragged, positions, originals, sample(hidden, self.generator.generator_lm_head))
         ids = padding.pad(corrupted.input_ids)
         logits = self.discriminator.answer(replace(inputs, input_ids=ids), None, None, {})["logits"]

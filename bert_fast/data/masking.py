@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: `bert_fast.heads.IGNORED_LABEL`, without loading torch, which the processes that make shards do not need.
+#: `bert_fast.losses.IGNORED_LABEL`, without loading torch, which the processes that make shards do not need.
 IGNORED_LABEL = -100
 
 #: What is chosen together. `entity` is `whole_word` over ids in which a name of several words is one.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bert_fast import heads
+from bert_fast import heads, losses
 from bert_fast.electra import ElectraPretraining
 from bert_fast.terminal import progress_bar
 from bert_fast.training.batches import TokenBudgetSampler
@@ -70,7 +70,7 @@ def held_out_scores(
 def _sums(model: Any, inputs: dict[str, Any]) -> dict[str, float]:
     """What is added up over the batches; the loss with a divisor of 1 is a sum over the hidden tokens."""
     output = model(**inputs, num_items_in_batch=1, loss_only=True)
-    sums = {"masked_tokens": float((inputs["labels"] != heads.IGNORED_LABEL).sum())}
+    sums = {"masked_tokens": float((inputs["labels"] != losses.IGNORED_LABEL).sum())}
     if isinstance(model, ElectraPretraining):
         found, replaced = output.logits > 0, output.replaced
         return sums | {
@@ -84,7 +84,7 @@ def _sums(model: Any, inputs: dict[str, Any]) -> dict[str, float]:
         }
     if isinstance(model, heads.BertForPreTraining):
         logits, labels = output.seq_relationship_logits, inputs["next_sentence_label"]
-        pairs = float(heads.cross_entropy(logits, labels, 1.0))
+        pairs = float(losses.cross_entropy(logits, labels, 1.0))
         return sums | {
             "nll": float(output.loss - model.pair_loss(logits, labels)),
             "pairs": float(labels.numel()),
@@ -156,7 +156,7 @@ def padded(batch: Mapping[str, Any]) -> dict[str, Any]:
         if name in ("cu_seq_lens_q", "max_length_q"):
             continue
         if values.shape == (1, num_tokens):
-            empty = heads.IGNORED_LABEL if name == "labels" else 0
+            empty = losses.IGNORED_LABEL if name == "labels" else 0
             values = torch.full(keep.shape, empty).masked_scatter(keep, values[0])
         found[name] = values
     return found

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bert_fast.data.examples import TokensExample
-from bert_fast.heads import IGNORED_LABEL
+from bert_fast.losses import IGNORED_LABEL
 from bert_fast.tasks._batches import CHUNK, in_order, label_number, rows_of_each, split_tokens
 from bert_fast.tasks._task import Features, Output, Prediction, Task
 from bert_fast.tasks.metrics import accuracy, entity_scores, entity_scores_by_type

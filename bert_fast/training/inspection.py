@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bert_fast.benchmarking import useful_flops
 from bert_fast.checks import ids_in_range
-from bert_fast.heads import IGNORED_LABEL, Head
+from bert_fast.heads import Head
+from bert_fast.losses import IGNORED_LABEL
 from bert_fast.training.batches import INDEX, WORD_IDS
 from bert_fast.training.masking import MaskingCollator
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from bert_fast import heads
+from bert_fast import losses
 from bert_fast.data.masking import IGNORED_LABEL, SCHEMES, Masking, WordSpans, choose_ngrams, choose_spans
 from bert_fast.training.masking import IndexedDataset, MaskingCollator
 
@@ -224,5 +224,5 @@ def test_what_is_refused(options, message):
         masking(**options)
 
 
-def test_the_ignored_label_is_that_of_the_heads():
-    assert IGNORED_LABEL == heads.IGNORED_LABEL
+def test_the_ignored_label_is_that_of_the_losses():
+    assert IGNORED_LABEL == losses.IGNORED_LABEL

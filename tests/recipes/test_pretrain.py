@@ -19,8 +19,8 @@ from bert_fast.data import shards
 from bert_fast.data.encoding import TokenizerVocabulary
 from bert_fast.data.instances import Options
 from bert_fast.data.pretraining import ShardDataset
-from bert_fast.heads import IGNORED_LABEL
 from bert_fast.loading import read_state_dict
+from bert_fast.losses import IGNORED_LABEL
 from bert_fast.recipes._pretraining_data import Phase, make_collator, read_corpus
 from bert_fast.recipes._pretraining_models import make_model
 from bert_fast.recipes.held_out import held_out_scores, padded

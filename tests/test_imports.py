@@ -32,9 +32,10 @@ ALLOWED = {
     "masked_lm": LIGHT | {"encoder", "engine", "heads", "ops"},
     "modules": LIGHT
     | {"encoder", "engine", "masked_lm"}
-    | {"heads", "reference", "ops", "loading", "sentence_embedding"},
+    | {"heads", "reference", "ops", "saving", "sentence_embedding"},
     "electra": LIGHT | {"encoder", "engine", "masked_lm", "modules"} | {"heads", "reference", "folders", "loading"},
-    "drop_in": LIGHT | {"encoder", "engine", "heads", "masked_lm", "modules", "ops"},
+    "drop_in_forward": LIGHT | {"encoder", "engine", "masked_lm", "modules", "ops"},
+    "drop_in": LIGHT | {"drop_in_forward", "engine"},
 }
 #: These may import everything above them, and of each other what stands here.
 LATE = {
@@ -42,14 +43,13 @@ LATE = {
     "recipes": {"data", "tasks", "training", "vocabulary"},
 }  # fmt: skip
 ABOVE = {
-    "__init__", "loading", "ladder", "tokenization", "batching", "transfer", "embedder", "bulk", "verify", "timing",
-    "benchmarking", "info", "doctor", "demo", "tuning", "cli", "sentence_folder",
-    "terminal", *LATE,
+    "__init__", "terminal", "loading", "saving", "ladder", "tokenization", "batching", "transfer", "embedder", "bulk",
+    "verify", "timing", "benchmarking", "info", "doctor", "demo", "tuning", "cli", "sentence_folder", *LATE,
 }  # fmt: skip
 #: Imported only inside functions, by whoever imports them.
 LAZY = {
-    "kernels", "_C", "loading", "transformers", "triton", "sentence_transformers", "matplotlib", "pyarrow", "sklearn",
-    "scipy", "optuna",
+    "kernels", "_C", "loading", "saving", "transformers", "triton", "sentence_transformers", "matplotlib", "pyarrow",
+    "sklearn", "scipy", "optuna",
 }  # fmt: skip
 #: But for these: classes of a library that ours extend. Who imports them needs the library.
 EXTENDS = {

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_fast import electra, heads, loading, modules, reference
+from bert_fast import electra, heads, loading, modules, reference, saving
 from bert_fast.config import BertConfig
 from bert_fast.data.encoding import TokenizerVocabulary
 from bert_fast.electra import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining, ElectraPretraining
@@ -154,7 +154,7 @@ def save(model: Any, tokenizer: Path, output_dir: Path) -> None:
         model.save_pretrained(output_dir)
         folders.append(output_dir / "generator")
     else:
-        loading.save_pretrained(model, output_dir)
+        saving.save_pretrained(model, output_dir)
     for folder in folders:
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file() and (tokenizer / name).resolve() != (folder / name).resolve():

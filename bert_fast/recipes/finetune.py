@@ -19,12 +19,13 @@ from bert_fast.data.catalogue import read, splits_in
 from bert_fast.data.examples import Examples
 from bert_fast.folders import resolve
 from bert_fast.heads import Head
-from bert_fast.loading import build, read_config, read_state_dict, replaced, save_pretrained
+from bert_fast.loading import build, read_config, read_state_dict, replaced
 from bert_fast.modules import HEADS
 from bert_fast.recipes._splits import Split, beside, make_split, reading, replacing, sampled, task_of, write_predictions
 from bert_fast.recipes.card import write_card
 from bert_fast.recipes.predict import RESULTS_FILE, Collate, read_tokenizer
 from bert_fast.recipes.report import write_report
+from bert_fast.saving import save_pretrained
 from bert_fast.tasks._batches import PaddingCollator
 from bert_fast.tasks._task import Task
 from bert_fast.tasks.registry import TASK_FILE, save_task

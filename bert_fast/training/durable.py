@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import nested_gather
 
-from bert_fast import disk, loading
+from bert_fast import disk, saving
 from bert_fast.heads import Head
 from bert_fast.training import checkpoints
 from bert_fast.training.arguments import TrainingArguments
@@ -162,7 +162,7 @@ class DurableTrainer(transformers.Trainer):
         elif self.args.should_save:
             folder = Path(output_dir or self._get_output_dir(trial=None))
             folder.mkdir(parents=True, exist_ok=True)
-            loading.write_files(self.model, folder, state_dict)
+            saving.write_files(self.model, folder, state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(str(folder))
             torch.save(self.args, folder / "training_args.bin")

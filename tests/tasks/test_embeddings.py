@@ -15,7 +15,8 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from bert_fast import reference
 from bert_fast.data.examples import SentencesExample, TextExample
 from bert_fast.embedder import Embedder
-from bert_fast.loading import build, from_pretrained, save_pretrained
+from bert_fast.loading import build, from_pretrained
+from bert_fast.saving import save_pretrained
 from bert_fast.sentence_embedding import POOLING_MODES
 from bert_fast.tasks.registry import load_task, make_task, save_task
 from bert_fast.tokenization import Tokenizer

@@ -9,6 +9,16 @@ import typer
 
 FILES = "Files and their columns (found by their usual names if not given)"
 
+TestFile = Annotated[
+    str | None,
+    typer.Option("--test_file", help="Predicted at the end, and scored if labelled.", rich_help_panel=FILES),
+]
+DataDir = Annotated[
+    str | None,
+    typer.Option(
+        "--data_dir", help="Folder of a data set as it is handed out, in place of files.", rich_help_panel=FILES
+    ),
+]
 TextColumn = Annotated[str | None, typer.Option("--text_column", help="Of the (first) text.", rich_help_panel=FILES)]
 PairColumn = Annotated[
     str | None,

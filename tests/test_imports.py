@@ -15,9 +15,9 @@ LIGHT = {"activation", "checks", "config", "outputs", "ragged", "inputs", "losse
 ALLOWED = {
     "activation": set(),
     "checks": set(),
-    "folders": set(),
     "lines": set(),
     "disk": set(),
+    "folders": {"disk"},
     "config": {"activation", "folders"},
     "outputs": set(),
     "ragged": set(),

@@ -50,16 +50,18 @@ def read_columns(
 ) -> dict[str, str]:
     """Role -> column, from the options above."""
     named = {"text": text, "text_pair": text_pair, "label": label}
-    return {role: name for role, name in named.items() if name is not None} | read_pairs("--column", others)
+    return {role: name for role, name in named.items() if name is not None} | read_pairs(
+        "--column", others, "ROLE=NAME"
+    )
 
 
-def read_pairs(flag: str, given: list[str] | None) -> dict[str, str]:
-    """NAME=VALUE, several times."""
+def read_pairs(flag: str, given: list[str] | None, form: str = "NAME=VALUE") -> dict[str, str]:
+    """What stands before and after the equals sign, several times."""
     pairs = {}
     for word in given or ():
         name, equals, value = word.partition("=")
         if not (name and equals and value):
-            raise ValueError(f"{flag} is {word!r}, expected NAME=VALUE")
+            raise ValueError(f"{flag} is {word!r}, expected {form}")
         pairs[name] = value
     return pairs
 

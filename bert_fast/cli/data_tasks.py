@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from bert_fast.cli._app import DATA, command
+from bert_fast.cli._files import read_pairs
 
 
 @command(into=DATA)
@@ -53,12 +54,11 @@ def show(
     from bert_fast.data.catalogue import read
     from bert_fast.data.describe import describe_examples
 
-    columns = dict(_role(word) for word in column or ())
     found = read(
         task,
         file,
         split=split,
-        columns=columns,
+        columns=read_pairs("--column", column, "ROLE=NAME"),
         problem=problem,
         label_delimiter=label_delimiter,
         iob1=iob1,
@@ -68,10 +68,3 @@ def show(
     width = terminal.columns()
     for line in text.splitlines():
         print(line if width is None or len(line) <= width else f"{line[: width - 1]}…")
-
-
-def _role(word: str) -> tuple[str, str]:
-    role, equals, name = word.partition("=")
-    if not (role and equals and name):
-        raise ValueError(f"--column is {word!r}, expected ROLE=NAME")
-    return role, name

@@ -147,7 +147,7 @@ def write_shard(maker: Maker, folder: Path, shard: Shard) -> dict[str, Any]:
                 writer.close()
         entry = {"file": shard.name, "size": path.stat().st_size, "sha256": disk.checksum(path), **counts}
         disk.sync(folder)
-        _write_json(_entry_file(folder, shard), entry)
+        disk.write_json(_entry_file(folder, shard), entry)
         return entry
 
 
@@ -169,7 +169,7 @@ def _begin(folder: Path, plan: dict[str, Any], vocabulary: TokenizerVocabulary) 
     else:
         shutil.rmtree(building, ignore_errors=True)  # of a run that ended before its plan was there, or while tidying
         building.mkdir()
-        _write_json(building / PLAN, plan)
+        disk.write_json(building / PLAN, plan)
     with disk.written_at_once(folder / TOKENIZER) as file:  # after the plan, without which it would be a stranger's
         file.write(vocabulary.text.encode())
     return building
@@ -227,7 +227,7 @@ def _finish(folder: Path, plan: dict[str, Any], entries: list[dict[str, Any]]) -
     for name in ("num_instances", "num_tokens", "num_predictions", "num_label_1"):
         counts[name] = sum(entry[name] for entry in entries)
     manifest = {**plan, "statistics": counts, "batch_size": BATCH, "shards": entries}
-    _write_json(folder / MANIFEST, manifest)
+    disk.write_json(folder / MANIFEST, manifest)
     return manifest
 
 
@@ -273,12 +273,6 @@ def _entry(folder: Path, shard: Shard) -> dict[str, Any] | None:
         return None
     entry = json.loads(file.read_text(encoding="utf-8"))
     return entry if path.stat().st_size == entry["size"] else None
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with disk.written_at_once(path) as file:
-        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-    disk.sync(path.parent)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from bert_fast import electra, heads, loading, modules, reference, saving
 from bert_fast.config import BertConfig
 from bert_fast.data.encoding import TokenizerVocabulary
 from bert_fast.electra import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining, ElectraPretraining
-from bert_fast.folders import read_json, resolve
+from bert_fast.folders import copy_tokenizer, read_json, resolve
 
 if TYPE_CHECKING:
     from bert_fast.recipes.pretrain import PretrainSettings
@@ -32,9 +31,6 @@ ELECTRA_SHAPES = {"electra-small": (12, 256, 128), "electra-base": (12, 768, 768
 
 #: How fresh weights are drawn: transformers' way, and Google's.
 INITIALIZATIONS = ("normal", "truncated_normal")
-
-#: What makes the tokenizer of a checkpoint folder.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 
 #: Rows that a table of embeddings may have beyond the tokens: tables are padded to multiples of up to 128.
 SPARE_ROWS = 127
@@ -156,9 +152,7 @@ def save(model: Any, tokenizer: Path, output_dir: Path) -> None:
     else:
         saving.save_pretrained(model, output_dir)
     for folder in folders:
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).is_file() and (tokenizer / name).resolve() != (folder / name).resolve():
-                shutil.copyfile(tokenizer / name, folder / name)
+        copy_tokenizer(tokenizer, folder)
 
 
 def describe(model: Any) -> dict[str, Any]:

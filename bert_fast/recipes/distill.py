@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 import warnings
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bert_fast import disk
 from bert_fast.benchmarking import markdown_table
 from bert_fast.config import BertConfig
 from bert_fast.data.catalogue import read
@@ -22,9 +22,10 @@ from bert_fast.folders import read_json, resolve
 from bert_fast.heads import Head
 from bert_fast.loading import from_pretrained
 from bert_fast.recipes import finetune
-from bert_fast.recipes._splits import Split, beside, make_split, reading, replacing, sampled, write_predictions
+from bert_fast.recipes._runs import RESULTS_FILE
+from bert_fast.recipes._splits import Split, beside, make_split, reading, sampled, write_predictions
 from bert_fast.recipes.card import write_card
-from bert_fast.recipes.predict import RESULTS_FILE, FineTuned, load, read_tokenizer, run
+from bert_fast.recipes.predict import FineTuned, load, read_tokenizer, run
 from bert_fast.recipes.report import write_report
 from bert_fast.recipes.students import OF_THE_TASK, shallower, student_of
 from bert_fast.tasks._task import Features
@@ -305,6 +306,4 @@ def _add_to_results(file: Path, settings: DistillSettings, result: DistillResult
         "student": dataclasses.asdict(result.student),
         "num_timed": result.num_timed,
     }
-    with replacing(file) as stream:
-        json.dump(results, stream, indent=1, ensure_ascii=False)
-        stream.write("\n")
+    disk.write_json(file, results)

@@ -18,14 +18,13 @@ from bert_fast.embedder import token_budget
 from bert_fast.folders import read_json, resolve
 from bert_fast.heads import Head
 from bert_fast.loading import from_pretrained, parse_device
+from bert_fast.recipes._runs import RESULTS_FILE
 from bert_fast.recipes._splits import Split, beside, check_format, make_split, reading, write_predictions
 from bert_fast.recipes.submission import check_benchmark, write_submission
 from bert_fast.tasks._task import Features, Output, Prediction, Task
 from bert_fast.tasks.registry import load_task
 from bert_fast.terminal import progress_bar
 from bert_fast.tokenization import Tokenizer
-
-RESULTS_FILE = "results.json"
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 

@@ -27,7 +27,6 @@ from bert_fast.training.signals import Termination
 logger = logging.getLogger(__name__)
 
 #: transformers' state of a run, and ours, in a checkpoint.
-STATE_FILE = "trainer_state.json"
 RUN_FILE = "run.json"
 
 
@@ -145,7 +144,7 @@ class DurableTrainer(transformers.Trainer):
         ]
         states = TrainerState(stateful_callbacks=stateful)  # type: ignore[arg-type]
         self.state.stateful_callbacks = states.stateful_callbacks
-        self.state.save_to_json(str(staging / STATE_FILE))
+        self.state.save_to_json(str(staging / checkpoints.STATE_FILE))
         run = {
             "order": self.order(),
             "position": self.position(),

@@ -278,8 +278,8 @@ def test_the_task_comes_back_from_its_file(tmp_path):
     ("options", "examples", "message"),
     [
         ({}, [], "there are no examples"),
-        ({}, [TextExample("7", "a", "b", "c")], "example 7 is a TextExample, expected two texts or more"),
-        ({}, [SentencesExample("7", ("a",))], "example 7 is a SentencesExample, expected two texts or more"),
+        ({}, [TextExample("7", "a", "b", "c")], "example 7 is a TextExample, expected a SentencesExample"),
+        ({}, [SentencesExample("7", ("a",))], "example 7 is a single text, expected two texts or more"),
         ({}, [*pairs(), *triplets()], "example 0 has 3 texts, but the first one has 2"),
         ({}, [*pairs(), *pairs([1.0] * 12)], "example 0 has a score, but the first one has none"),
         ({}, [*pairs([1.0] * 12), *pairs()], "example 0 has no score, but the first one has one"),

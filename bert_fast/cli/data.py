@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bert_fast.cli._app import DATA, command
+from bert_fast.cli._app import DATA, TextField, command
 
 
 @command(into=DATA)
@@ -65,9 +65,7 @@ def pretrain(
             "what stands before."
         ),
     ] = None,
-    text_field: Annotated[
-        str | None, typer.Option(help="Key of the text in JSON lines; makes any file one.", show_default="text")
-    ] = None,
+    text_field: TextField = None,
     split_sentences: Annotated[
         bool, typer.Option("--split-sentences", help="Cut lines that hold several sentences, after . ! ? and a space.")
     ] = False,

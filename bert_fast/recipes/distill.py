@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -83,7 +82,7 @@ class DistillSettings:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ComparedModel:
     """A model beside another: its shape, its scores (split -> metric -> value), and texts a second."""
 
     layers: int
@@ -107,8 +106,8 @@ class DistillResult:
 
     output_dir: Path
     main_metric: str
-    teacher: Measured
-    student: Measured
+    teacher: ComparedModel
+    student: ComparedModel
     num_timed: int
     seconds: float
 
@@ -158,12 +157,7 @@ def distill(settings: DistillSettings) -> DistillResult:
         attention=settings.attention_weight,
     )
     splits = _splits(settings, finetuning, tuned, args.seed)
-    held_out = next((split for name, split in splits.items() if name.startswith("validation")), None)
-    if held_out is not None and not held_out.labelled:
-        raise ValueError("the validation file has examples without labels, and cannot say which checkpoint is the best")
-    main_metric = tuned.task.main_metric if held_out is None else tuned.task.metric_for(held_out.examples)
-    if held_out is not None and "metric_for_best_model" not in settings.arguments:
-        args.metric_for_best_model, args.greater_is_better = main_metric, True
+    held_out, main_metric = finetune.choose_by(splits, tuned.task, args, settings.arguments)
 
     transformers.set_seed(args.seed)
     student: Any = _student(settings, tuned)
@@ -178,10 +172,7 @@ def distill(settings: DistillSettings) -> DistillResult:
         validation=held_out,
         collate=tuned.task.collator(student.config),
     )
-    start = time.perf_counter()
-    trainer.train(settings.resume or None)
-    seconds = time.perf_counter() - start
-    told = finetune.told_of_training(trainer, splits["train"], seconds)
+    train = finetune.train_on(splits["train"], trainer, settings.resume)
 
     metrics: dict[str, dict[str, dict[str, float]]] = {"teacher": {}, "student": {}}
     for name, split in splits.items():
@@ -196,23 +187,11 @@ def distill(settings: DistillSettings) -> DistillResult:
         if trainer.is_world_process_zero():
             write_predictions(output_dir / f"predictions_{name}.jsonl", beside(split.examples, predictions))
     timed = _few((held_out or splits["train"]).features)
-    speeds = _texts_per_second(tuned, student, timed)
-    measured = {
-        name: Measured(
-            layers=model.config.num_hidden_layers,
-            hidden_size=model.config.hidden_size,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            metrics=metrics[name],
-            texts_per_second=speeds[name],
-        )
-        for name, model in (("teacher", tuned.model), ("student", student))
-    }
-    result = DistillResult(
-        output_dir, main_metric, measured["teacher"], measured["student"], len(timed.inputs), seconds
-    )
+    both = _compared(tuned, student, metrics, timed)
+    result = DistillResult(output_dir, main_metric, *both, len(timed.inputs), train["seconds"])
     if trainer.is_world_process_zero():
         finetune.save_model(output_dir, student, tuned.folder, tuned.task)
-        finetune.write_results(output_dir, finetuning, tuned.task, main_metric, metrics["student"], told)
+        finetune.write_results(output_dir, finetuning, tuned.task, main_metric, metrics["student"], train)
         _add_to_results(output_dir / RESULTS_FILE, settings, result)
         write_report(output_dir)
         write_card(output_dir)
@@ -282,6 +261,25 @@ def _few(features: Features) -> Features:
     """`TIMED` of them, evenly spread."""
     places = np.unique(np.linspace(0, len(features.inputs) - 1, min(TIMED, len(features.inputs))).astype(int))
     return Features([features.inputs[place] for place in places], features.owners[places])
+
+
+def _compared(
+    tuned: FineTuned, student: Any, metrics: Mapping[str, dict[str, dict[str, float]]], timed: Features
+) -> tuple[ComparedModel, ComparedModel]:
+    """The teacher and the student beside each other."""
+    speeds = _texts_per_second(tuned, student, timed)
+    models: Mapping[str, Any] = {"teacher": tuned.model, "student": student}
+    teacher, other = (
+        ComparedModel(
+            layers=model.config.num_hidden_layers,
+            hidden_size=model.config.hidden_size,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            metrics=metrics[name],
+            texts_per_second=speeds[name],
+        )
+        for name, model in models.items()
+    )
+    return teacher, other
 
 
 def _texts_per_second(tuned: FineTuned, student: Head, features: Features) -> dict[str, float]:

@@ -138,12 +138,7 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
     splits = {"train": make_split("train", found, task, tokenizer)}
     for name, source in sources.items():
         splits[name] = make_split(name, _read(settings, task, name, source, args.seed), task, tokenizer)
-    held_out = next((split for name, split in splits.items() if name.startswith("validation")), None)
-    if held_out is not None and not held_out.labelled:
-        raise ValueError("the validation file has examples without labels, and cannot say which checkpoint is the best")
-    main_metric = task.main_metric if held_out is None else task.metric_for(held_out.examples)
-    if held_out is not None and "metric_for_best_model" not in settings.arguments:
-        args.metric_for_best_model, args.greater_is_better = main_metric, True
+    held_out, main_metric = choose_by(splits, task, args, settings.arguments)
 
     transformers.set_seed(args.seed)
     model: Any = _model(folder, config, task, settings.plain)
@@ -154,10 +149,7 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
     if settings.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
 
-    start = time.perf_counter()
-    trainer.train(settings.resume or None)
-    seconds = time.perf_counter() - start
-    train = told_of_training(trainer, splits["train"], seconds)
+    train = train_on(splits["train"], trainer, settings.resume)
 
     metrics: dict[str, dict[str, float]] = {}
     for name, split in splits.items():
@@ -174,7 +166,7 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
         write_report(output_dir)
         write_card(output_dir)
     trainer.accelerator.wait_for_everyone()
-    return FinetuneResult(output_dir, metrics, main_metric, seconds, train)
+    return FinetuneResult(output_dir, metrics, main_metric, train["seconds"], train)
 
 
 def check_output_dir(output_dir: Path, resume: bool | str) -> None:
@@ -254,8 +246,30 @@ def _model(folder: Path, config: Any, task: Task, plain: bool) -> Head:
     return model
 
 
-def told_of_training(trainer: Any, split: Split, seconds: float) -> dict[str, Any]:
-    """What `FinetuneResult.train` has."""
+def choose_by(splits: Mapping[str, Split], task: Task, args: Any, given: Mapping[str, Any]) -> tuple[Split | None, str]:
+    """What says which checkpoint is the best: the validation examples, if there are any, and the metric of them.
+
+    The metric goes into `args`, unless another one was given.
+
+    Raises:
+        ValueError: they have no labels.
+    """
+    held_out = next((split for name, split in splits.items() if name.startswith("validation")), None)
+    if held_out is None:
+        return None, task.main_metric
+    if not held_out.labelled:
+        raise ValueError("the validation file has examples without labels, and cannot say which checkpoint is the best")
+    main_metric = task.metric_for(held_out.examples)
+    if "metric_for_best_model" not in given:
+        args.metric_for_best_model, args.greater_is_better = main_metric, True
+    return held_out, main_metric
+
+
+def train_on(split: Split, trainer: Any, resume: bool | str) -> dict[str, Any]:
+    """Train, and say what `FinetuneResult.train` has."""
+    start = time.perf_counter()
+    trainer.train(resume or None)
+    seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
         "steps": trainer.state.global_step,

@@ -23,7 +23,7 @@ import numpy as np
 from bert_fast import disk
 from bert_fast.data.corpus import Corpus, write_corpus
 from bert_fast.data.encoding import TOKENIZER, Encoder, TokenizerVocabulary
-from bert_fast.data.instances import BATCH, Columns, Maker, Options
+from bert_fast.data.instances import BATCH, Instances, Maker, Options
 from bert_fast.data.pretraining import FORMAT, MANIFEST, read_manifest
 from bert_fast.data.text import find_files, read_sentences
 from bert_fast.data.workers import in_order
@@ -151,7 +151,7 @@ def write_shard(maker: Maker, folder: Path, shard: Shard) -> dict[str, Any]:
         return entry
 
 
-def _record_batch(columns: Columns) -> Any:
+def _record_batch(columns: Instances) -> Any:
     import pyarrow as pa
 
     starts = np.concatenate([[0], columns.lengths.cumsum()]).astype(np.int32)

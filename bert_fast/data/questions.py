@@ -123,7 +123,8 @@ def _get(value: Any, key: str, kind: Any, where: str) -> Any:
 def _read_rows(request: Request) -> Iterator[_Question]:
     table = open_table(request.path)
     layouts, targets = layouts_of(request.dataset, "answers") if request.dataset else (LAYOUTS, TARGETS)
-    cells = Cells(table, find_columns(table, request, layouts, "answers", targets))
+    columns = find_columns(table, request, layouts, "answers", targets)
+    cells = Cells(table, columns, ("answer_start",) if request.labelled else ("answer_start", "answers"))
     for number, name, row in cells.rows():
         where = table.where(number)
         answers = _answers(cells.get(row, "answers", number), where) if "answers" in cells else None

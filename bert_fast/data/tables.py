@@ -12,7 +12,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -31,7 +30,7 @@ class Table:
     Attributes:
         path: of the file.
         unit: what its rows are counted in: "line", "record" or "row".
-        columns: names, as its header or its first row has them.
+        columns: names, as its header has them; of records all that any of them has, and a record may lack some.
         rows: (number, column -> value), numbers from 1; read as they are taken.
         skipped: reason -> rows left out, complete when the rows are taken.
     """
@@ -81,11 +80,12 @@ def open_table(
         return _open_cells(path, _csv(path) if file_format == "csv" else _tsv(path), header, skip_ragged)
     if file_format == "parquet":
         return _open_parquet(path)
-    unit, records = ("line", _jsonl(path)) if file_format == "jsonl" else ("record", _json(path))
-    first = next(records, None)
-    if first is None:
+    unit, read = ("line", _jsonl) if file_format == "jsonl" else ("record", _json)
+    records = list(read(path))  # any of them may have a column that those before it have not
+    if not records:
         raise ValueError(f"{path} is empty")
-    return Table(path, unit, tuple(first[1]), chain([first], records))
+    columns = dict.fromkeys(name for _, record in records for name in record)
+    return Table(path, unit, tuple(columns), iter(records))
 
 
 def read_lines(path: Path) -> Iterator[str]:

@@ -65,7 +65,8 @@ def _table(request: Request) -> Table | None:
 
 def _from_table(table: Table, request: Request, iob1: bool) -> Examples:
     layouts, targets = layouts_of(request.dataset, "tags") if request.dataset else (LAYOUTS, TARGETS)
-    cells = Cells(table, find_columns(table, request, layouts, "tags", (*targets, *TARGETS)))
+    columns = find_columns(table, request, layouts, "tags", (*targets, *TARGETS))
+    cells = Cells(table, columns, () if request.labelled else ("tags",))
     examples = []
     for number, name, row in cells.rows():
         words = cells.texts(row, "words", number)

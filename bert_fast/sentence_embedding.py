@@ -156,6 +156,8 @@ LOSSES: dict[str, Loss] = {
 
 #: Those that compare with a score.
 SCORED = frozenset({"cosine_similarity", "cosent"})
+#: Those that are a mean over examples, wherever batches are cut.
+SEPARATE = frozenset({"cosine_similarity", "triplet"})
 
 
 class BertForSentenceEmbedding(Head):

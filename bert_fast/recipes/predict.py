@@ -18,7 +18,7 @@ from bert_fast.embedder import progress_bar, token_budget
 from bert_fast.folders import read_json, resolve
 from bert_fast.heads import Head
 from bert_fast.loading import from_pretrained, parse_device
-from bert_fast.recipes._splits import Split, beside, check_format, make_split, reading, write_predictions
+from bert_fast.recipes._splits import Split, beside, check_format, judged, make_split, reading, write_predictions
 from bert_fast.recipes.submission import check_benchmark, write_submission
 from bert_fast.tasks._task import Features, Output, Prediction, Task
 from bert_fast.tasks.registry import load_task
@@ -141,10 +141,11 @@ def read_split(
     return make_split(split, found, tuned.task, tuned.tokenizer)
 
 
-def said_of(tuned: FineTuned, split: Split, progress: bool | None = None) -> list[Prediction]:
-    """What the model says of each example of a split."""
-    outputs = run(tuned.model, tuned.task, split.features, progress=progress)
-    return tuned.task.predictions(split.examples, split.features, outputs)
+def said_of(
+    tuned: FineTuned, split: Split, progress: bool | None = None
+) -> tuple[list[Prediction], dict[str, float]]:
+    """What the model says of each example of a split; and its scores, if that has labels."""
+    return judged(tuned.task, split, run(tuned.model, tuned.task, split.features, progress=progress))
 
 
 def evaluate(
@@ -167,7 +168,7 @@ def evaluate(
         progress: as in `run`.
 
     Returns:
-        The metrics, and what was read.
+        The metrics, `loss` among them where the task has one, and what was read.
 
     Raises:
         ValueError: the file cannot be read, or an example has no label or one that training did not have.
@@ -177,10 +178,10 @@ def evaluate(
     part = read_split(tuned, file, split, columns, labelled=True)
     if not part.labelled:
         raise ValueError(f"{file} has examples without labels, which cannot be scored: use predict")
-    predictions = said_of(tuned, part, progress)
+    predictions, metrics = said_of(tuned, part, progress)
     if output is not None:
         write_predictions(Path(output), beside(part.examples, predictions))
-    return tuned.task.metrics(part.examples, predictions), part
+    return metrics, part
 
 
 def predict(
@@ -210,7 +211,7 @@ def predict(
     if submission is not None:
         check_benchmark(tuned.data)
     part = read_split(tuned, file, split, columns, labelled=False)
-    predictions = said_of(tuned, part, progress)
+    predictions, _ = said_of(tuned, part, progress)
     write_predictions(Path(output), predictions)
     if submission is not None:
         benchmark = f"{tuned.data}_mismatched" if split.endswith("_mismatched") else tuned.data

@@ -194,8 +194,8 @@ def _run(settings: SearchSettings, number: int, parameters: dict[str, Any], seed
         return Trial(number, parameters, seed, None, {}, time.perf_counter() - start, str(error) or repr(error))
     metrics = next(values for split, values in result.metrics.items() if split.startswith("validation"))
     metric = settings.metric or result.main_metric
-    if metric not in metrics:
-        raise ValueError(f"metric is {metric!r}, expected one of {', '.join(metrics)}")
+    if metric not in (higher := metrics.keys() - {"loss"}):
+        raise ValueError(f"metric is {metric!r}, expected one of {', '.join(sorted(higher))}, where higher is better")
     seconds, score = time.perf_counter() - start, metrics[metric]
     if not math.isfinite(score):
         return Trial(number, parameters, seed, None, {}, seconds, f"{metric} is {score}")

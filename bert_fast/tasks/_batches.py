@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -94,6 +95,15 @@ def rows_of_each(values: Tensor, batch: Mapping[str, Any]) -> list[NDArray[np.fl
     if "cu_seq_lens_q" in batch:
         return [rows[0, start:end].numpy() for start, end in pairwise(batch["cu_seq_lens_q"].tolist())]
     return [row[mask].numpy() for row, mask in zip(rows, batch["attention_mask"].cpu().bool(), strict=True)]
+
+
+def cross_entropy(logits: Sequence[NDArray[np.float32]], labels: Sequence[Any]) -> float:
+    """The mean over all rows: logits (num_labels,) or (n, num_labels) each, labels a number or (n,) each, -100 for none.
+
+    NaN where no row has a label.
+    """
+    rows, numbers = torch.from_numpy(np.vstack(logits)), torch.from_numpy(np.hstack(labels).astype(np.int64))
+    return F.cross_entropy(rows.double(), numbers, ignore_index=IGNORED_LABEL).item()
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

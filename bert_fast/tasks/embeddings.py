@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bert_fast.data.examples import SentencesExample
-from bert_fast.sentence_embedding import SCORED, EmbeddingSettings
+from bert_fast.sentence_embedding import LOSSES, SCORED, SEPARATE, EmbeddingSettings
 from bert_fast.tasks._task import Features, Output, Prediction, Task
 from bert_fast.tasks.metrics import METRICS
 from bert_fast.tokenization import Tokenizer
@@ -150,6 +150,15 @@ class SentenceEmbeddings(Task):
             for prediction, rank in zip(said, _ranks(examples, vectors), strict=True):
                 prediction["rank"] = int(rank)
         return said
+
+    def mean_loss(self, features: Features, outputs: Sequence[Output]) -> float | None:
+        """See `Task`; the losses that look at one example at a time have one, those that contrast a batch have none."""
+        texts = len(outputs[0][0]) if outputs else 0
+        if self.loss not in SEPARATE or texts < (3 if self.loss == "triplet" else 2):
+            return None
+        vectors = torch.from_numpy(np.stack([output[0] for output in outputs])).double()
+        labels = torch.tensor([feature["labels"] for feature in features.inputs], dtype=torch.float64)
+        return LOSSES[self.loss](vectors, labels, labels, self.settings()).item()
 
     def metrics(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, float]:
         """See `Task`.

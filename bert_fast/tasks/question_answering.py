@@ -71,6 +71,10 @@ class QuestionAnswering(Task):
                 raise ValueError(f"example {example.id} is a {type(example).__name__}, expected a QuestionExample")
             self._answer(example)
 
+    def _has_place(self, example: QuestionExample) -> bool:
+        """Whether the place of an answer is known, or that there is none."""
+        return example.is_impossible or not example.answers or any(a.start >= 0 for a in example.answers)
+
     def _answer(self, example: QuestionExample) -> Answer | None:
         """The answer to learn, None for "there is no answer"."""
         if example.is_impossible:
@@ -79,7 +83,7 @@ class QuestionAnswering(Task):
             return None
         if not example.answers:
             raise ValueError(f"question {example.id} has no answer, and is not said to have none")
-        answer = example.answers[0]
+        answer = next((answer for answer in example.answers if answer.start >= 0), example.answers[0])
         found = example.context[answer.start : answer.start + len(answer.text)] if answer.start >= 0 else ""
         if not answer.text.strip() or found != answer.text:
             raise ValueError(
@@ -95,8 +99,9 @@ class QuestionAnswering(Task):
     def features(self, examples: Sequence[Any], tokenizer: Tokenizer, *, labelled: bool) -> Features:
         """See `Task`; a feature for each window, whose extra is the `Window`.
 
-        With labels, `start_positions` and `end_positions` of the first answer; both are 0, [CLS], where it is not whole
-        in the window, or there is none.
+        With labels, `start_positions` and `end_positions` of the first answer that has a place; both are 0, [CLS], where it is not whole
+        in the window, or there is none; and one past the text, which no loss looks at, where the answers are known but
+        not where they are.
         """
         frame = Frame.of(tokenizer)
         limit = min(self.max_seq_length, tokenizer.model_max_length or self.max_seq_length)
@@ -118,13 +123,16 @@ class QuestionAnswering(Task):
                 num_truncated += len(question) > self.max_query_length
                 question = question[: self.max_query_length]
                 target = self._target(example, offsets) if labelled else None
+                unplaced = labelled and not self._has_place(example)
                 column = len(frame.before) + len(question) + len(frame.between)
                 room = limit - frame.num_special - len(question)
                 for first, stop in window_bounds(len(context), room, self.doc_stride):
                     feature: dict[str, Any] = frame.join(question, context[first:stop])
                     if labelled:
                         places = [0, 0]
-                        if target is not None and first <= target[0] and target[1] < stop:
+                        if unplaced:
+                            places = [len(feature["input_ids"])] * 2  # one past the text: no loss
+                        elif target is not None and first <= target[0] and target[1] < stop:
                             places = [column - first + token for token in target]
                         feature["start_positions"], feature["end_positions"] = places
                     inputs.append(feature)
@@ -133,8 +141,8 @@ class QuestionAnswering(Task):
         return Features(inputs, np.array(owners, np.int64), windows, num_truncated)
 
     def _target(self, example: QuestionExample, offsets: NDArray[np.int64]) -> tuple[int, int] | None:
-        """First and last token of the answer in the context; None for "there is no answer"."""
-        answer = self._answer(example)
+        """First and last token of the answer in the context; None for "there is no answer", or none that has a place."""
+        answer = self._answer(example) if self._has_place(example) else None
         if answer is None:
             return None
         touched = (offsets[:, 0] < answer.start + len(answer.text)) & (offsets[:, 1] > answer.start)
@@ -188,6 +196,16 @@ class QuestionAnswering(Task):
             if difference > self.null_score_diff_threshold or best is nothing:
                 chosen = next(entry for entry in n_best if not entry["answer"])
         return {"id": example.id, **{name: chosen[name] for name in nothing}, **negative, "n_best": n_best}
+
+    def mean_loss(self, features: Features, outputs: Sequence[Output]) -> float | None:
+        """See `Task`; the mean of the cross-entropies of start and end, over the windows that have a target."""
+        losses = [
+            np.logaddexp.reduce(logits.astype(np.float64)) - logits[feature[name]]
+            for feature, output in zip(features.inputs, outputs, strict=True)
+            for name, logits in zip(("start_positions", "end_positions"), output, strict=True)
+            if feature[name] < len(logits)
+        ]
+        return float(np.mean(losses)) if losses else None
 
     def metrics(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, float]:
         """See `Task`; as SQuAD's scripts, over the questions whose answers are known, or known not to be.

@@ -133,6 +133,16 @@ _ALL = (
         },
     ),
     _glue(
+        "ax",
+        "GLUE's diagnostic pairs, for a model of mnli",
+        ("entailment", "neutral", "contradiction"),
+        ("mcc",),
+        ("premise", "hypothesis", "label"),
+        ("sentence1", "sentence2", "label"),
+        ("Premise", "Hypothesis", "Label"),
+        splits={"test": _files("test", "diagnostic.tsv", "diagnostic-full.tsv", "AX.tsv")},
+    ),
+    _glue(
         "qnli",
         "does a sentence hold the answer to a question",
         ("entailment", "not_entailment"),

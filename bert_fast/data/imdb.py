@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar, Literal
 
@@ -31,11 +31,21 @@ def read_reviews(request: Request, **options: Any) -> Examples:
     Raises:
         ValueError, OSError: as `bert_fast.data.catalogue.read` says.
     """
-    if request.path.is_dir():
-        return _read_folder(request)
-    if request.path.suffix == ".npz":
-        return _read_npz(request)
+    read = _read_folder if request.path.is_dir() else _read_npz if request.path.suffix == ".npz" else None
+    if read is not None:
+        _refuse(request, options)
+        return read(request)
     return read_texts(open_table(request.path), request, aliases=ALIASES, **options)
+
+
+def _refuse(request: Request, options: Mapping[str, Any]) -> None:
+    """ValueError for what has no meaning where there are neither columns nor labels to read."""
+    problem = options.get("problem", "single")
+    if problem != "single":
+        raise ValueError(f"problem is {problem!r}, but imdb is 'single'")
+    given = [name for name in options if name != "problem"] + [f"column {role}" for role in request.columns]
+    if given:
+        raise ValueError(f"{request.path} has no columns with labels, which {given[0]!r} could be about")
 
 
 def _read_folder(request: Request) -> Examples:

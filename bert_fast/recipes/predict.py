@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,19 @@ from bert_fast.embedder import progress_bar, token_budget
 from bert_fast.folders import read_json, resolve
 from bert_fast.heads import Head
 from bert_fast.loading import from_pretrained, parse_device
-from bert_fast.recipes._splits import Split, beside, check_format, judged, make_split, reading, write_predictions
+from bert_fast.recipes._splits import (
+    Split,
+    beside,
+    check_format,
+    judged,
+    make_split,
+    reading,
+    task_of,
+    write_predictions,
+)
 from bert_fast.recipes.submission import check_benchmark, write_submission
 from bert_fast.tasks._task import Features, Output, Prediction, Task
+from bert_fast.tasks.classification import Classification
 from bert_fast.tasks.registry import load_task
 from bert_fast.tokenization import Tokenizer
 
@@ -131,6 +141,23 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def of_data(tuned: FineTuned, name: str) -> FineTuned:
+    """The same model for the files of another data set, by whose metrics it is scored, as `ax` for one of `mnli`.
+
+    Raises:
+        ValueError: there is no such data set, it is of another kind, or has labels that the model has not.
+    """
+    task = task_of(name, {})
+    if task.kind != tuned.task.kind:
+        raise ValueError(f"{name} is {task.kind}, but the model is for {tuned.task.kind}")
+    ours, theirs = (getattr(each, "labels", None) or () for each in (tuned.task, task))
+    if unknown := [label for label in theirs if label not in ours]:
+        raise ValueError(f"{name} has the label {unknown[0]!r}, which the model has not: {', '.join(ours)}")
+    metrics = {"metric_names": task.metric_names} if isinstance(task, Classification) else {}
+    told: Any = tuned.task
+    return replace(tuned, data=name, columns={}, read_options={}, task=replace(told, **metrics))
+
+
 def read_split(
     tuned: FineTuned, file: str | Path, split: str = "test", columns: Mapping[str, str] | None = None, *, labelled: bool
 ) -> Split:
@@ -141,9 +168,7 @@ def read_split(
     return make_split(split, found, tuned.task, tuned.tokenizer)
 
 
-def said_of(
-    tuned: FineTuned, split: Split, progress: bool | None = None
-) -> tuple[list[Prediction], dict[str, float]]:
+def said_of(tuned: FineTuned, split: Split, progress: bool | None = None) -> tuple[list[Prediction], dict[str, float]]:
     """What the model says of each example of a split; and its scores, if that has labels."""
     return judged(tuned.task, split, run(tuned.model, tuned.task, split.features, progress=progress))
 

@@ -98,9 +98,11 @@ def rows_of_each(values: Tensor, batch: Mapping[str, Any]) -> list[NDArray[np.fl
 
 
 def cross_entropy(logits: Sequence[NDArray[np.float32]], labels: Sequence[Any]) -> float:
-    """The mean over all rows: logits (num_labels,) or (n, num_labels) each, labels a number or (n,) each, -100 for none.
+    """The mean over all rows that have a label; NaN where none has.
 
-    NaN where no row has a label.
+    Args:
+        logits: (num_labels,) or (n, num_labels) each.
+        labels: a number or (n,) each, -100 for none.
     """
     rows, numbers = torch.from_numpy(np.vstack(logits)), torch.from_numpy(np.hstack(labels).astype(np.int64))
     return F.cross_entropy(rows.double(), numbers, ignore_index=IGNORED_LABEL).item()

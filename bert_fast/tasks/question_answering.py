@@ -99,9 +99,9 @@ class QuestionAnswering(Task):
     def features(self, examples: Sequence[Any], tokenizer: Tokenizer, *, labelled: bool) -> Features:
         """See `Task`; a feature for each window, whose extra is the `Window`.
 
-        With labels, `start_positions` and `end_positions` of the first answer that has a place; both are 0, [CLS], where it is not whole
-        in the window, or there is none; and one past the text, which no loss looks at, where the answers are known but
-        not where they are.
+        With labels, `start_positions` and `end_positions` of the first answer that has a place. Both are 0, [CLS],
+        where it is not whole in the window, or there is none; and one past the text, which no loss looks at, where the
+        answers are known but not where they are.
         """
         frame = Frame.of(tokenizer)
         limit = min(self.max_seq_length, tokenizer.model_max_length or self.max_seq_length)
@@ -141,7 +141,7 @@ class QuestionAnswering(Task):
         return Features(inputs, np.array(owners, np.int64), windows, num_truncated)
 
     def _target(self, example: QuestionExample, offsets: NDArray[np.int64]) -> tuple[int, int] | None:
-        """First and last token of the answer in the context; None for "there is no answer", or none that has a place."""
+        """First and last token of the answer in the context; None for "there is no answer", or none with a place."""
         answer = self._answer(example) if self._has_place(example) else None
         if answer is None:
             return None

@@ -193,7 +193,9 @@ def test_the_loss_chooses_the_best_checkpoint(base, tmp_path):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "eval_loss" in page  # beside that of training
     files = {"train_file": "pairs/train.tsv", "validation_file": "pairs/validation.tsv"}
-    with pytest.raises(ValueError, match=r"'loss', expected one of pearson, spearman; the loss of this task is that of a"):
+    with pytest.raises(
+        ValueError, match=r"'loss', expected one of pearson, spearman; the loss of this task is that of a"
+    ):
         finetune(settings(base, tmp_path / "pairs", "embeddings", {**chosen, "max_steps": 1}, **files))
 
 

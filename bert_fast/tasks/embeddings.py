@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,13 +26,15 @@ RANKED_TOGETHER = 1024
 class SentenceEmbeddings(Task):
     """Vectors of texts; `SentencesExample`.
 
-    What the loss contrasts is one batch of one process: with "multiple_negatives_ranking" every batch should have as
-    many examples as memory allows, and with several processes each has negatives of its own.
+    What "multiple_negatives_ranking" contrasts is one batch, which should have as many examples as can be:
+    `mini_batch_size` has it take the memory of a part (as GradCache; Gao et al., 2021), and with several processes
+    `gather_across_devices` makes one batch of theirs. Micro-batches of `gradient_accumulation_steps` stay apart.
 
     Attributes:
         loss: one of `bert_fast.sentence_embedding.LOSSES`; None for "cosine_similarity" where examples have scores and
             "multiple_negatives_ranking" where they have none.
-        pooling_mode, normalize, max_seq_length, scale, margin, symmetric: as in `EmbeddingSettings`.
+        pooling_mode, normalize, max_seq_length, scale, margin, symmetric, gather_across_devices, mini_batch_size: as in
+            `EmbeddingSettings`.
         metric: which one says what is best; None for "spearman" with scores, else "mrr".
     """
 
@@ -42,6 +45,8 @@ class SentenceEmbeddings(Task):
     scale: float = 20.0
     margin: float = 1.0
     symmetric: bool = False
+    gather_across_devices: bool = False
+    mini_batch_size: int | None = None
     metric: str | None = None
 
     kind: ClassVar[str] = "embeddings"
@@ -53,7 +58,7 @@ class SentenceEmbeddings(Task):
 
     def settings(self) -> EmbeddingSettings:
         """What the head is told; ValueError for options that are impossible."""
-        names = ("pooling_mode", "normalize", "max_seq_length", "scale", "margin", "symmetric")
+        names = {field.name for field in fields(EmbeddingSettings)} - {"loss"}
         given: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.loss is not None:
             given["loss"] = self.loss
@@ -199,8 +204,8 @@ class SentencesCollator:
                 perhaps `labels`.
 
         Returns:
-            What `pack` gives for the texts; text_ids (num_examples, texts of each) int64, equal for texts of equal
-            tokens; labels (num_examples,) float32 where there are any.
+            What `pack` gives for the texts; text_ids (num_examples, texts of each) int64, a digest of the tokens of
+            each text, which is the same in all processes; labels (num_examples,) float32 where there are any.
 
         Raises:
             ValueError: an example has another number of texts than the first one.
@@ -211,13 +216,17 @@ class SentencesCollator:
             texts += np.split(np.asarray(feature["input_ids"]), starts[1:])
             if len(starts) * (index + 1) != len(texts):
                 raise ValueError(f"feature {index} has {len(starts)} texts, not as many as those before it")
-        numbers: dict[bytes, int] = {}
-        text_ids = [numbers.setdefault(text.tobytes(), len(numbers)) for text in texts]
+        text_ids = [_digest(text) for text in texts]
         batch = self.pack([{"input_ids": text} for text in texts])
         batch["text_ids"] = torch.tensor(text_ids).view(len(features), -1)
         if "labels" in features[0]:
             batch["labels"] = torch.tensor([float(feature["labels"]) for feature in features])
         return batch
+
+
+def _digest(ids: NDArray[np.int64]) -> int:
+    """64 bits, with a sign."""
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little", signed=True)
 
 
 def _checked(examples: Sequence[Any]) -> None:

@@ -42,7 +42,8 @@ LATE = {
 }  # fmt: skip
 ABOVE = {
     "__init__", "loading", "ladder", "tokenization", "batching", "transfer", "embedder", "bulk", "verify", "timing",
-    "benchmarking", "info", "doctor", "demo", "tuning", "cli", "sentence_folder", *LATE,
+    "benchmarking", "info", "doctor", "demo", "tuning", "cli", "sentence_folder",
+    "terminal", *LATE,
 }  # fmt: skip
 #: Imported only inside functions, by whoever imports them.
 LAZY = {

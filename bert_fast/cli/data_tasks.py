@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Annotated
 
 import typer
@@ -53,6 +52,7 @@ def show(
     examples: Annotated[int, typer.Option("--examples", "-n", min=0, help="How many are printed.")] = 3,
 ) -> None:
     """Read a file as training would; print its first examples, how often each label comes, and what was left out."""
+    from bert_fast import terminal
     from bert_fast.data.catalogue import read
     from bert_fast.data.describe import describe_examples
 
@@ -69,7 +69,7 @@ def show(
         max_score=max_score,
     )
     text = describe_examples(found, examples)
-    width = shutil.get_terminal_size().columns if typer.get_text_stream("stdout").isatty() else None
+    width = terminal.columns()
     for line in text.splitlines():
         print(line if width is None or len(line) <= width else f"{line[: width - 1]}…")
 

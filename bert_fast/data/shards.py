@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from bert_fast.data.instances import BATCH, Columns, Maker, Options
 from bert_fast.data.pretraining import FORMAT, MANIFEST, read_manifest
 from bert_fast.data.text import find_files, read_sentences
 from bert_fast.data.workers import in_order
+from bert_fast.terminal import progress_bar
 
 #: What is made on the way, and taken away at the end.
 BUILDING = ".building"
@@ -179,7 +179,7 @@ def _tokenize(
     """All text; ValueError if there is too little of it."""
     read = partial(read_sentences, text_field=options.text_field, split_sentences=options.split_sentences)
     sentences = (sentence for path in files for sentence in read(path))
-    with _bar("tokenize", " sentences", None) as bar:
+    with progress_bar(what="tokenising", unit=" sentences", unit_scale=True) as bar:
         part = options.shard_tokens
         for count in write_corpus(building, sentences, encoder, unknown, num_workers=workers, part=part):
             bar.update(count)
@@ -205,7 +205,8 @@ def _make(folder: Path, options: Options, vocabulary: Vocabulary, workers: int) 
     entries = {shard: _entry(folder, shard) for shard in shards}
     missing = [shard for shard, entry in entries.items() if entry is None]
     maker = partial(Maker, folder / BUILDING, options, vocabulary)
-    with _bar("make shards", " tokens", options.dupe_factor * corpus.counts.tokens) as bar:
+    total = options.dupe_factor * corpus.counts.tokens
+    with progress_bar(total=total, what="making shards", unit=" tokens", unit_scale=True) as bar:
         bar.update(sum(corpus.num_tokens(shard.first, shard.last) for shard in shards if entries[shard]))
         work = partial(_write_shard, folder)
         for shard, entry in in_order(work, missing, min(workers, max(len(missing), 1)), maker):
@@ -236,7 +237,8 @@ def _tidy(folder: Path) -> None:
 
 
 def _fingerprints(files: Sequence[Path]) -> list[dict[str, Any]]:
-    with _bar("check the text", "B", sum(path.stat().st_size for path in files)) as bar:
+    size = sum(path.stat().st_size for path in files)
+    with progress_bar(total=size, what="checking the text", unit="B", unit_scale=True) as bar:
         return [
             {"file": str(path), "size": path.stat().st_size, "sha256": disk.checksum(path, bar.update)}
             for path in files
@@ -287,10 +289,3 @@ def _explained(folder: Path) -> Iterator[None]:
             raise
         advice = "what is finished stays, and the same command goes on from there"
         raise OSError(error.errno, f"{os.strerror(error.errno)}; {advice}", str(folder)) from error
-
-
-def _bar(what: str, unit: str, total: int | None) -> Any:
-    from tqdm import tqdm
-
-    show = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(desc=what, unit=unit, unit_scale=True, total=total, disable=not show)

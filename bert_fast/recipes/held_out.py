@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from bert_fast import heads
 from bert_fast.electra import ElectraPretraining
+from bert_fast.terminal import progress_bar
 from bert_fast.training.batches import TokenBudgetSampler
 from bert_fast.training.masking import IndexedDataset
 
@@ -28,7 +28,7 @@ def held_out_scores(
     *,
     max_tokens: int,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = False,
     share: tuple[int, int] = (1, 0),
     total: Callable[[dict[str, float]], dict[str, float]] = dict,
 ) -> dict[str, float]:
@@ -40,7 +40,7 @@ def held_out_scores(
         collate: makes a batch, as the model takes it, with labels; its masks should not change from call to call.
         max_tokens: of a batch.
         seed: of what ELECTRA's generator samples. torch's generators are left as they were.
-        progress: show a bar.
+        progress: show a bar; None shows one on a terminal, for work of more than two seconds.
         share: how many processes share the texts, and which one this is.
         total: sums up numbers of all processes.
 
@@ -59,7 +59,7 @@ def held_out_scores(
     rows, device = IndexedDataset(examples), next(model.parameters()).device
     sums = Counter[str]()
     with _evaluating(model), _seeded(seed, device), torch.no_grad():
-        for indexes in tqdm(sampler, desc="held out", leave=False, disable=not progress):
+        for indexes in progress_bar(sampler, what="held out", unit=" batches", show=progress):
             batch = collate([rows[index] for index in indexes])
             inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
             sums.update(texts=len(indexes))

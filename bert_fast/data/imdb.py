@@ -14,6 +14,7 @@ from bert_fast.data.classification import read_texts
 from bert_fast.data.dataset import Request
 from bert_fast.data.examples import Examples, TextExample
 from bert_fast.data.tables import load_json, open_table
+from bert_fast.terminal import progress_bar
 
 ALIASES = {"negative": "neg", "positive": "pos"}
 WORD_INDEX = "imdb_word_index.json"
@@ -54,7 +55,7 @@ def _read_folder(request: Request) -> Examples:
         folder = request.path / label
         if not folder.is_dir():
             raise ValueError(f"{request.path} has no folder {label!r}")
-        for path in sorted(folder.glob("*.txt")):
+        for path in progress_bar(sorted(folder.glob("*.txt")), what=f"reading {label}", unit=" files"):
             try:
                 text = path.read_bytes().decode("utf-8-sig")
             except UnicodeDecodeError as error:
@@ -73,7 +74,8 @@ def _read_npz(request: Request) -> Examples:
     words = _words(path.with_name(WORD_INDEX))
     shifted = all(review[:1] == [START] for review in reviews)
     examples = []
-    for place, (review, label) in enumerate(zip(reviews, labels, strict=True)):
+    both = progress_bar(zip(reviews, labels, strict=True), total=len(reviews), what=f"reading {path.name}")
+    for place, (review, label) in enumerate(both):
         if label not in (0, 1):
             raise ValueError(f"{path}: y_{split}[{place}] is {label!r}, expected 0 or 1")
         names = _decode(review, words, shifted, f"{path}: x_{split}[{place}]")

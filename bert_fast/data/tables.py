@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from bert_fast.lines import decoded, json_object, json_value
+from bert_fast.terminal import progress_bar
 
 FORMATS = ("csv", "tsv", "jsonl", "json", "parquet")
 WRONG_NUMBER_OF_COLUMNS = "a row with a wrong number of columns"
@@ -81,7 +82,7 @@ def open_table(
     if file_format == "parquet":
         return _open_parquet(path)
     unit, read = ("line", _jsonl) if file_format == "jsonl" else ("record", _json)
-    records = list(read(path))  # any of them may have a column that those before it have not
+    records = list(_shown(path, unit, read(path)))  # any of them may have a column that those before it have not
     if not records:
         raise ValueError(f"{path} is empty")
     columns = dict.fromkeys(name for _, record in records for name in record)
@@ -143,8 +144,13 @@ def _open_cells(
             raise ValueError(f"{path} is empty")
     _refuse_twice(path, header)
     table = Table(path, "line", tuple(header), iter(()))
-    table.rows = _rows(table, cells, skip_ragged)
+    table.rows = _shown(path, "line", _rows(table, cells, skip_ragged))
     return table
+
+
+def _shown(path: Path, unit: str, rows: Iterable[Any], total: int | None = None) -> Iterator[Any]:
+    """The rows, with a bar while they are taken."""
+    return iter(progress_bar(rows, total=total, what=f"reading {path.name}", unit=f" {unit}s"))
 
 
 def _refuse_twice(path: Path, columns: Sequence[str]) -> None:
@@ -191,11 +197,11 @@ def _open_parquet(path: Path) -> Table:
         pass
     try:
         file = ParquetFile(path)
-        columns = tuple(file.schema_arrow.names)
+        columns, num_rows = tuple(file.schema_arrow.names), file.metadata.num_rows
     except (ArrowException, OSError) as error:  # the latter where the end of the file is not what it was
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
     _refuse_twice(path, columns)
-    return Table(path, "row", columns, enumerate(_parquet_rows(path, file), 1))
+    return Table(path, "row", columns, _shown(path, "row", enumerate(_parquet_rows(path, file), 1), num_rows))
 
 
 def _parquet_rows(path: Path, file: Any) -> Iterator[Mapping[str, Any]]:

@@ -69,7 +69,7 @@ def run(
     lengths = np.array([_num_tokens(feature["input_ids"]) for feature in inputs])
     outputs: list[Output | None] = [None] * len(inputs)
     model.eval()
-    with torch.inference_mode(), progress_bar(total=len(inputs), show=progress) as bar:
+    with torch.inference_mode(), progress_bar(total=len(inputs), what="asking the model", show=progress) as bar:
         for numbers in plan_batches(lengths, batch_tokens or token_budget(device)):
             chosen = [inputs[number] for number in numbers]
             batch = collate([{name: f[name] for name in f if name not in targets} for f in chosen])

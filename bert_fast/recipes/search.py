@@ -23,7 +23,7 @@ from bert_fast.loading import WEIGHT_PATTERNS
 from bert_fast.recipes._splits import replacing
 from bert_fast.recipes.finetune import FinetuneSettings, finetune
 from bert_fast.recipes.spaces import PUBLISHED, Range, Space, check_space, drawn_point, grid_points
-from bert_fast.terminal import progress_bar
+from bert_fast.terminal import is_watched, progress_bar
 
 #: What a search leaves in its folder.
 TRIALS_FILE = "trials.jsonl"
@@ -119,7 +119,8 @@ def search(settings: SearchSettings) -> SearchResult:
         _same_search(settings, output_dir / DEFINITION_FILE)
         done = read_trials(output_dir)
         total = (settings.trials or len(grid_points(settings.space))) * len(settings.seeds)
-        with progress_bar(total=total, initial=min(len(done), total), what="trials", unit=" trials", show=True) as bar:
+        begun, show = min(len(done), total), is_watched()
+        with progress_bar(total=total, initial=begun, what="trials", unit=" trials", show=show) as bar:
             for number, parameters, seed in _missing(settings, done, total):
                 bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in parameters.items()))
                 trial = _run(settings, number, parameters, seed)

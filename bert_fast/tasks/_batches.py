@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice, pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bert_fast.heads import IGNORED_LABEL
+from bert_fast.terminal import progress_bar
 from bert_fast.tokenization import TokenBatch, Tokenizer
 
 #: Texts tokenised at a time: the tokenizers library holds about 100 bytes for a token.
@@ -20,16 +21,25 @@ CHUNK = 4096
 
 
 def encode(
-    texts: Iterable[Any], tokenizer: Tokenizer, max_seq_length: int
+    texts: Sequence[Any], tokenizer: Tokenizer, max_seq_length: int
 ) -> tuple[list[dict[str, Any]], NDArray[np.bool_]]:
     """Features of texts or pairs of texts, without labels, and whether each lost tokens to `max_seq_length`."""
     features: list[dict[str, Any]] = []
-    truncated, rest = [np.zeros(0, np.bool_)], iter(texts)
-    while chunk := list(islice(rest, CHUNK)):
+    truncated = [np.zeros(0, np.bool_)]
+    for chunk in in_chunks(texts):
         tokens = tokenizer(chunk, max_seq_length)
         features += split_tokens(tokens)
         truncated.append(tokens.truncated)
     return features, np.concatenate(truncated)
+
+
+def in_chunks(items: Sequence[Any], unit: str = " texts") -> Iterator[Sequence[Any]]:
+    """`CHUNK` at a time, with a bar that says that they are tokenised."""
+    with progress_bar(total=len(items), what="tokenising", unit=unit) as bar:
+        for start in range(0, len(items), CHUNK):
+            chunk = items[start : start + CHUNK]
+            yield chunk
+            bar.update(len(chunk))
 
 
 def split_tokens(tokens: TokenBatch) -> list[dict[str, Any]]:

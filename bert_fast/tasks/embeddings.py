@@ -14,6 +14,7 @@ from torch import nn
 
 from bert_fast.data.examples import SentencesExample
 from bert_fast.sentence_embedding import LOSSES, SCORED, SEPARATE, EmbeddingSettings
+from bert_fast.tasks._batches import encode
 from bert_fast.tasks._task import Features, Output, Prediction, Task
 from bert_fast.tasks.metrics import METRICS
 from bert_fast.tokenization import Tokenizer
@@ -107,20 +108,18 @@ class SentenceEmbeddings(Task):
         if not examples:
             return Features([], np.zeros(0, np.int64))
         _checked(examples)
-        tokens = tokenizer([text for example in examples for text in example.texts], self.max_seq_length)
+        texts, truncated = encode([t for example in examples for t in example.texts], tokenizer, self.max_seq_length)
         num_texts = len(examples[0].texts)
-        ends = tokens.lengths.cumsum()
-        positions = np.arange(len(tokens.input_ids)) - np.repeat(ends - tokens.lengths, tokens.lengths)
-        cuts = ends[num_texts - 1 : -1 : num_texts]
-        inputs: list[dict[str, Any]] = [
-            {"input_ids": ids, "position_ids": places}
-            for ids, places in zip(np.split(tokens.input_ids, cuts), np.split(positions, cuts), strict=True)
-        ]
+        inputs: list[dict[str, Any]] = []
+        for start in range(0, len(texts), num_texts):
+            own = [text["input_ids"] for text in texts[start : start + num_texts]]
+            places = [np.arange(len(ids)) for ids in own]
+            inputs.append({"input_ids": np.concatenate(own), "position_ids": np.concatenate(places)})
         if labelled:
             for feature, example in zip(inputs, examples, strict=True):
                 feature["labels"] = 1.0 if example.score is None else float(example.score)
-        truncated = tokens.truncated.reshape(-1, num_texts).any(1)
-        return Features(inputs, np.arange(len(examples)), num_truncated=int(truncated.sum()))
+        cut = truncated.reshape(-1, num_texts).any(1)
+        return Features(inputs, np.arange(len(examples)), num_truncated=int(cut.sum()))
 
     def collator(self, config: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """See `Task`."""

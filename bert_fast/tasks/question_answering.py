@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bert_fast.data.examples import Answer, QuestionExample
-from bert_fast.tasks._batches import CHUNK, rows_of_each, softmax
+from bert_fast.tasks._batches import in_chunks, rows_of_each, softmax
 from bert_fast.tasks._spans import Frame, Window, best_spans, null_span, window_bounds
 from bert_fast.tasks._task import Features, Output, Prediction, Task
 from bert_fast.tasks.metrics import best_thresholds, squad_scores
+from bert_fast.terminal import progress_bar
 from bert_fast.tokenization import Tokenizer
 
 
@@ -113,12 +114,12 @@ class QuestionAnswering(Task):
         inputs: list[dict[str, Any]] = []
         owners: list[int] = []
         windows: list[Window] = []
-        num_truncated = 0
-        for start in range(0, len(examples), CHUNK):
-            chunk = examples[start : start + CHUNK]
+        num_truncated, number = 0, -1
+        for chunk in in_chunks(examples, " questions"):
             questions = _encode([example.question for example in chunk], tokenizer)
             contexts = _encode([example.context for example in chunk], tokenizer)
-            for number, example in enumerate(chunk, start):
+            for example in chunk:
+                number += 1
                 question, (context, offsets) = questions[example.question][0], contexts[example.context]
                 num_truncated += len(question) > self.max_query_length
                 question = question[: self.max_query_length]
@@ -166,7 +167,8 @@ class QuestionAnswering(Task):
         """
         bounds = np.searchsorted(features.owners, np.arange(len(examples) + 1))
         said = []
-        for example, start, stop in zip(examples, bounds, bounds[1:], strict=False):
+        shown = progress_bar(examples, what="choosing answers", unit=" questions")
+        for example, start, stop in zip(shown, bounds, bounds[1:], strict=False):
             said.append(self._prediction(example, features.extras[start:stop], outputs[start:stop]))
         return said
 

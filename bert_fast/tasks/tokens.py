@@ -13,7 +13,7 @@ from torch import nn
 
 from bert_fast.data.examples import TokensExample
 from bert_fast.heads import IGNORED_LABEL
-from bert_fast.tasks._batches import CHUNK, cross_entropy, in_order, label_number, rows_of_each, split_tokens
+from bert_fast.tasks._batches import cross_entropy, in_chunks, in_order, label_number, rows_of_each, split_tokens
 from bert_fast.tasks._task import Features, Output, Prediction, Task
 from bert_fast.tasks.metrics import accuracy, entity_scores, entity_scores_by_type
 from bert_fast.tokenization import Tokenizer
@@ -85,8 +85,7 @@ class TokenClassification(Task):
         extras: list[Any] = []
         num_truncated, numbers = 0, {tag: number for number, tag in enumerate(self._tags)}
         within = [numbers.get(f"I-{tag[2:]}", n) if tag.startswith("B-") else n for n, tag in enumerate(self._tags)]
-        for start in range(0, len(examples), CHUNK):
-            chunk = examples[start : start + CHUNK]
+        for chunk in in_chunks(examples):
             tokens, words = tokenizer.encode_words([example.words for example in chunk], self.max_seq_length)
             num_truncated += tokens.num_truncated
             owners = np.split(words, tokens.lengths.cumsum()[:-1])

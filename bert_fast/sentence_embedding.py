@@ -5,13 +5,17 @@ The encoder below it is whichever a subclass names. Losses are taken in float32 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+from torch.utils.checkpoint import checkpoint
 
 from bert_fast.config import BertConfig
 from bert_fast.heads import Head
@@ -37,6 +41,9 @@ class EmbeddingSettings:
         scale: of the cosine in the losses that have a softmax.
         margin: of "triplet".
         symmetric: whether "multiple_negatives_ranking" also has each positive find its anchor.
+        gather_across_devices: whether its candidates are those of all processes that train together, not only of one.
+        mini_batch_size: in training, texts that the encoder keeps activations of at a time: the loss is that of the
+            whole batch, in the memory of so many texts, for one more forward pass. None keeps those of all.
 
     Raises:
         ValueError: one of them is impossible; the message has its name and value.
@@ -49,6 +56,8 @@ class EmbeddingSettings:
     scale: float = 20.0
     margin: float = 1.0
     symmetric: bool = False
+    gather_across_devices: bool = False
+    mini_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("pooling_mode", POOLING_MODES), ("loss", tuple(LOSSES))):
@@ -59,6 +68,10 @@ class EmbeddingSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected above 0")
         if self.max_seq_length < 3:
             raise ValueError(f"max_seq_length is {self.max_seq_length}, expected at least 3")
+        if self.mini_batch_size is not None and self.mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size is {self.mini_batch_size}, expected at least 1")
+        if self.gather_across_devices and self.loss != "multiple_negatives_ranking":
+            raise ValueError(f"gather_across_devices is for multiple_negatives_ranking, but the loss is {self.loss}")
 
     @classmethod
     def of(cls, config: BertConfig) -> EmbeddingSettings:
@@ -85,23 +98,45 @@ def multiple_negatives_ranking(
 
     A candidate that is known not to be wrong is left out: one that has the text of the anchor, or of any positive that
     this anchor has in the batch. Where no text occurs twice this is sentence-transformers'
-    `MultipleNegativesRankingLoss`, and with `symmetric` the mean of both directions.
+    `MultipleNegativesRankingLoss`, and with `symmetric` the mean of both directions. With `gather_across_devices` the
+    candidates, and for `symmetric` the anchors, are those of all processes; the mean stays that of one's own examples.
 
     Args:
         vectors: (batch_size, num_texts, dimension): anchor, positive, negatives.
         labels: not read.
         text_ids: (batch_size, num_texts), equal for equal texts.
-        settings: give `scale` and `symmetric`.
+        settings: give `scale`, `symmetric` and `gather_across_devices`.
     """
+    vectors, first, num_own = F.normalize(vectors, dim=2), 0, len(vectors)
+    if settings.gather_across_devices and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
+        vectors, text_ids, first = _gathered(vectors, text_ids)
+    own = slice(first, first + num_own)
     anchors, candidates = vectors[:, 0], vectors[:, 1:].transpose(0, 1).flatten(0, 1)
-    scores = F.normalize(anchors, dim=1) @ F.normalize(candidates, dim=1).T * settings.scale
-    own = torch.arange(len(anchors), device=vectors.device)
-    scores = scores.masked_fill(_not_wrong(text_ids), -torch.inf)
-    right = scores[own, own]
+    not_wrong = _not_wrong(text_ids)
+    scores = (anchors[own] @ candidates.T * settings.scale).masked_fill(not_wrong[own], -torch.inf)
+    right = scores.diagonal(first)
     log_sum = scores.logsumexp(1)
     if settings.symmetric:
-        log_sum = (log_sum + scores[:, : len(anchors)].logsumexp(0)) / 2
+        backwards = (anchors @ candidates[own].T * settings.scale).masked_fill(not_wrong[:, own], -torch.inf)
+        log_sum = (log_sum + backwards.logsumexp(0)) / 2
     return (log_sum - right).mean()
+
+
+def _gathered(vectors: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The examples of all processes, one process after another, and the number of the first one of this process.
+
+    Gradients go back to the process whose vector it is, summed over all. Processes may have unequal many examples.
+    """
+    counts = [torch.zeros(1, dtype=torch.int64, device=vectors.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(vectors)], device=vectors.device))
+    sizes = [int(count) for count in counts]
+    missing = max(sizes) - len(vectors)
+    padded_ids = F.pad(text_ids, (0, 0, 0, missing)).contiguous()
+    ids = [torch.empty_like(padded_ids) for _ in sizes]
+    dist.all_gather(ids, padded_ids)
+    parts = all_gather(F.pad(vectors, (0, 0, 0, 0, 0, missing)).contiguous())
+    together, numbers = (torch.cat([part[:size] for part, size in zip(p, sizes, strict=True)]) for p in (parts, ids))
+    return together, numbers, sum(sizes[: dist.get_rank()])
 
 
 def _not_wrong(text_ids: Tensor) -> Tensor:
@@ -156,6 +191,8 @@ LOSSES: dict[str, Loss] = {
 
 #: Those that compare with a score.
 SCORED = frozenset({"cosine_similarity", "cosent"})
+#: Those that are a mean over examples, wherever batches are cut.
+SEPARATE = frozenset({"cosine_similarity", "triplet"})
 
 
 class BertForSentenceEmbedding(Head):
@@ -176,14 +213,25 @@ class BertForSentenceEmbedding(Head):
         self, inputs: BertInputs, labels: Tensor | None, divisor: float | None, targets: dict[str, Tensor | None]
     ) -> SentenceEmbeddingOutput:
         """sentence_embedding (num_sequences, hidden_size)."""
-        encoded = self.bert.encode_batch(inputs)
-        vectors = self.pool(*_tokens(inputs, encoded))
-        if self.settings.normalize:
-            vectors = F.normalize(vectors, dim=1)
         text_ids, loss = targets["text_ids"], None
+        is_learning = labels is not None and text_ids is not None and self.training and torch.is_grad_enabled()
+        encoded, size = None, self.settings.mini_batch_size
+        if size is None or not is_learning or inputs.output_hidden_states or inputs.output_attentions:
+            vectors, encoded = self.vectors_of(inputs)
+        else:
+            # Run again in the backward, with the same random numbers, so that dropout hides the same.
+            run = partial(checkpoint, lambda part: self.vectors_of(part)[0], use_reentrant=False)
+            vectors = torch.cat([run(part) for part in _parts(inputs, size)])
         if labels is not None and text_ids is not None:
             loss = self.loss_of(vectors, labels, text_ids, divisor)
-        return SentenceEmbeddingOutput(loss, vectors, encoded.hidden_states, encoded.attentions)
+        said = (None, None) if encoded is None else (encoded.hidden_states, encoded.attentions)
+        return SentenceEmbeddingOutput(loss, vectors, *said)
+
+    def vectors_of(self, inputs: BertInputs) -> tuple[Tensor, Encoded]:
+        """(num_sequences, hidden_size), and what the encoder says."""
+        encoded = self.bert.encode_batch(inputs)
+        vectors = self.pool(*_tokens(inputs, encoded))
+        return F.normalize(vectors, dim=1) if self.settings.normalize else vectors, encoded
 
     def pool(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
         """(num_tokens, hidden_size) and (num_sequences + 1,) int32 -> (num_sequences, hidden_size); zeros for none."""
@@ -213,6 +261,20 @@ class BertForSentenceEmbedding(Head):
             examples = vectors.unflatten(0, text_ids.shape)
             loss = LOSSES[self.settings.loss](examples, labels.to(vectors.dtype), text_ids, self.settings)
         return loss if divisor is None else loss * (len(labels) / divisor)
+
+
+def _parts(inputs: BertInputs, size: int) -> Iterator[BertInputs]:
+    """A packed batch, so many texts at a time."""
+    if inputs.cu_seq_lens_q is None:
+        raise ValueError(f"mini_batch_size is {size}, but the batch is padded, and only a packed one is cut in parts")
+    starts = inputs.cu_seq_lens_q.tolist()
+    for first in range(0, len(starts) - 1, size):
+        ends = inputs.cu_seq_lens_q[first : first + size + 1]
+        columns = slice(starts[first], starts[first + len(ends) - 1])
+        names = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
+        given = {name: getattr(inputs, name) for name in names}
+        cut = {name: tensor[:, columns] for name, tensor in given.items() if tensor is not None}
+        yield BertInputs(**cut, cu_seq_lens_q=ends - ends[0])
 
 
 def _tokens(inputs: BertInputs, encoded: Encoded) -> tuple[Tensor, Tensor]:

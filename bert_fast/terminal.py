@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -16,8 +17,8 @@ DELAY = 2.0
 
 
 def is_watched() -> bool:
-    """Whether stderr, where bars are drawn, is a terminal."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    """Whether stderr, where bars are drawn, is a terminal; of the processes that torchrun starts, that of the first."""
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def columns() -> int | None:

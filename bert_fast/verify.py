@@ -17,6 +17,7 @@ from torch import Tensor
 from bert_fast import ops, reference
 from bert_fast.embedder import Embedder
 from bert_fast.loading import build
+from bert_fast.terminal import progress_bar
 from bert_fast.tokenization import TokenBatch
 
 #: The fast error may be this many times the plain definition's own in the same dtype, plus one unit in the last place:
@@ -182,7 +183,7 @@ def verify(
     limit = MAX_ERRORS.get(precision or "")
     stages = [Stage(name, dtype, limit=limit) for name in names]
     texts, num_tokens = sorted(texts, key=len), 0
-    for start in range(0, len(texts), BATCH_SIZE):
+    for start in progress_bar(range(0, len(texts), BATCH_SIZE), what="comparing", unit=" batches"):
         tokens = embedder.tokenizer(texts[start : start + BATCH_SIZE], embedder.max_seq_length)
         num_tokens += len(tokens.input_ids)
         runs = (_fast_states(embedder, tokens), _plain_states(embedder, plain, tokens))

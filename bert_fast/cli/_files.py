@@ -39,7 +39,7 @@ ReadOption = Annotated[
     typer.Option(
         "--read_option",
         metavar="NAME=VALUE",
-        help="How files are read: label_delimiter=;  iob1=true  max_score=5. May be given several times.",
+        help="How files are read: label_delimiter=;  no_label=-1  iob1=true  max_score=5. May be given several times.",
         rich_help_panel=FILES,
     ),
 ]

@@ -41,6 +41,9 @@ def show(
         typer.Option(help="Of classification: single, multi or regression.", show_default="as the labels look"),
     ] = None,
     label_delimiter: Annotated[str | None, typer.Option(help="Between several labels.", show_default="|")] = None,
+    no_label: Annotated[
+        str | None, typer.Option(help="The label that says that there is none.", show_default="-1 if all are")
+    ] = None,
     iob1: Annotated[
         bool | None, typer.Option("--iob1/--no-iob1", help="Tags are IOB1.", show_default="for files eng.*")
     ] = None,
@@ -61,6 +64,7 @@ def show(
         columns=read_pairs("--column", column, "ROLE=NAME"),
         problem=problem,
         label_delimiter=label_delimiter,
+        no_label=no_label,
         iob1=iob1,
         max_score=max_score,
     )

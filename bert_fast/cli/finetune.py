@@ -39,6 +39,14 @@ KINDS = "For single kinds of tasks (if not given: as the data set has it, or as 
 
 FineTunedModel = Annotated[str, typer.Argument(metavar="MODEL", help="A folder that bert-fast finetune left.")]
 Split = Annotated[str, typer.Option(help="Which part, where FILE is the folder of a data set.")]
+FilesOf = Annotated[
+    str | None,
+    typer.Option(
+        "--task_name",
+        help="The data set that FILE is of, if another: ax for a model of mnli.",
+        show_default="that of the model",
+    ),
+]
 
 
 def _kind(name: str, help: str, **options: Any) -> Any:
@@ -171,6 +179,7 @@ def evaluate(
     model: FineTunedModel,
     file: Annotated[str, typer.Argument(metavar="FILE", help="A file with labels, or the folder of a data set.")],
     split: Split = "validation",
+    task_name: FilesOf = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Also write what is said of each example: .jsonl, .csv or .tsv."),
@@ -188,6 +197,7 @@ def evaluate(
 
     columns = read_columns(text_column, text_pair_column, label_column, column)
     tuned = recipe.load(model, device=device, precision=precision)
+    tuned = tuned if task_name is None else recipe.of_data(tuned, task_name)
     metrics, part = recipe.evaluate(tuned, file, split=split, columns=columns, output=output)
     print(f"{len(part.examples)} examples{_notes(part)}")
     print(table({split: metrics}))
@@ -199,6 +209,7 @@ def predict(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A file, with labels or without, or a folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to: .jsonl, .csv or .tsv.")],
     split: Split = "test",
+    task_name: FilesOf = None,
     submission: Annotated[
         Path | None, typer.Option(help="Also a folder for the files that the data set's benchmark takes.")
     ] = None,
@@ -213,6 +224,7 @@ def predict(
 
     columns = read_columns(text_column, text_pair_column, None, column)
     tuned = recipe.load(model, device=device, precision=precision)
+    tuned = tuned if task_name is None else recipe.of_data(tuned, task_name)
     part = recipe.predict(tuned, file, output, split=split, columns=columns, submission=submission)
     print(f"{output}: {len(part.examples)} examples{_notes(part)}")
 

@@ -133,6 +133,16 @@ _ALL = (
         },
     ),
     _glue(
+        "ax",
+        "GLUE's diagnostic pairs, for a model of mnli",
+        ("entailment", "neutral", "contradiction"),
+        ("mcc",),
+        ("premise", "hypothesis", "label"),
+        ("sentence1", "sentence2", "label"),
+        ("Premise", "Hypothesis", "Label"),
+        splits={"test": _files("test", "diagnostic.tsv", "diagnostic-full.tsv", "AX.tsv")},
+    ),
+    _glue(
         "qnli",
         "does a sentence hold the answer to a question",
         ("entailment", "not_entailment"),
@@ -215,7 +225,7 @@ def _read_table(request: Request, **options: Any) -> Examples:
 
 #: kind -> how files of it are read, and the options that this has.
 KINDS: Mapping[str, tuple[Reader, tuple[str, ...]]] = {
-    "classification": (_read_table, ("problem", "label_delimiter")),
+    "classification": (_read_table, ("problem", "label_delimiter", "no_label")),
     "tokens": (read_tokens, ("iob1",)),
     "question_answering": (read_questions, ()),
     "multiple_choice": (read_choices, ()),
@@ -242,8 +252,9 @@ def read(
         columns: role -> column of the file, where they have other names than usual; the readers say which roles.
         labelled: True: an example without a label is an error; False: labels are not read; None: they are read where
             they are.
-        options: of the kind: `problem` ("single", "multi", "regression") and `label_delimiter` for classification,
-            `iob1` (whether tags are IOB1) for tokens, `max_score` (the score of equal texts) for embeddings.
+        options: of the kind: `problem` ("single", "multi", "regression"), `label_delimiter` and `no_label` for
+            classification, `iob1` (whether tags are IOB1) for tokens, `max_score` (the score of equal texts) for
+            embeddings.
 
     Returns:
         The examples in the order of the file, and how many were left out for which reason.

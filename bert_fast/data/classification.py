@@ -31,6 +31,7 @@ def read_texts(
     *,
     problem: str | None = None,
     label_delimiter: str = "|",
+    no_label: str | int = "auto",
     aliases: Mapping[str, str | None] | None = None,
     use_ids: bool = True,
 ) -> Examples:
@@ -43,6 +44,9 @@ def read_texts(
         problem: "single", "multi" or "regression"; when not given: "multi" for lists, for a column `labels` and for
             several columns, "regression" for a column `score` and for numbers of which one has a fraction.
         label_delimiter: between the labels of a text that has several.
+        no_label: the label that says that there is none; where labels are wanted, such texts are counted and left out.
+            "none": there is no such label. "auto": -1, as in Hugging Face's test sets, if all labels of the file are;
+            in a file of no data set -1 beside other classes may be either, and is refused.
         aliases: label in the file -> name of the class, or None for a label that says that there is none.
         use_ids: whether a column of ids counts.
 
@@ -58,7 +62,8 @@ def read_texts(
         if problem not in (None, its_problem):
             raise ValueError(f"problem is {problem!r}, but {dataset.name} is {its_problem!r}")
         problem = its_problem
-    cells = Cells(table, find_columns(table, request, layouts, "label", targets))
+    columns = find_columns(table, request, layouts, "label", targets)
+    cells = Cells(table, columns, () if request.labelled else ("label",))
     column = cells.columns.get("label")
     several = parts(table, column) if column else []
     rows = []
@@ -69,12 +74,17 @@ def read_texts(
         rows.append((number, name, text, pair, value))
     if problem is None:
         problem = "multi" if len(several) > 1 else _infer(column, [row[4] for row in rows])
-    labels = _Labels(cells, problem, label_delimiter, dataset, aliases or {})
+    none: tuple[str, ...] = ("-1",) if dataset else ()  # what Hugging Face's exports give a test set
+    if no_label == "auto" and not dataset:
+        none = _found_none(cells, problem, [(row[0], row[4]) for row in rows])
+    elif no_label not in ("auto", "none"):
+        aliases = {**(aliases or {}), str(no_label): None}
+    labels = _Labels(cells, problem, label_delimiter, dataset, none, aliases or {})
     examples = []
     for number, name, text, pair, value in rows:
         label = labels.read(value, number)
         if label is None and request.labelled:
-            if value in labels.aliases:
+            if _plain(value) in labels.aliases:
                 table.skipped[NO_LABEL] += 1
                 continue
             raise cells.wrong("label", number, value, "a label")
@@ -82,10 +92,28 @@ def read_texts(
     return Examples(tuple(examples), dict(table.skipped))
 
 
+def _found_none(cells: Cells, problem: str, values: Sequence[tuple[int, Any]]) -> tuple[str, ...]:
+    """-1 if all labels are; ValueError if some are, beside other classes."""
+    known = [(number, value) for number, value in values if value not in (None, "")]
+    marked = [(number, value) for number, value in known if _plain(value) == "-1"]
+    if marked and len(marked) == len(known) and problem != "multi":
+        return ("-1",)
+    if marked and problem == "single":
+        number, value = marked[0]
+        raise cells.wrong(
+            "label",
+            number,
+            value,
+            "the name of a class: -1 often says that there is no label, but others are there. Say no_label=-1 if it "
+            "does (as a read_option), no_label=none if it is a class",
+        )
+    return ()
+
+
 def _chosen(table: Table, number: int, row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     chosen = []
     for column in columns:
-        value = row.get(column)
+        value = Cells(table, {"label": column}).get(row, "label", number)
         if str(value) not in ("0", "1", "0.0", "1.0", "False", "True"):
             raise ValueError(f"{table.where(number)}: column {column!r} is {value!r}, expected 0 or 1")
         if str(value) in ("1", "1.0", "True"):
@@ -117,18 +145,32 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _plain(value: Any) -> str:
+    """A label as text, whole numbers without a fraction."""
+    number = _number(value)
+    return str(int(number)) if number is not None and number.is_integer() else str(value)
+
+
 class _Labels:
     """Reads labels of one problem."""
 
     def __init__(
-        self, cells: Cells, problem: str, delimiter: str, dataset: Dataset | None, aliases: Mapping[str, str | None]
+        self,
+        cells: Cells,
+        problem: str,
+        delimiter: str,
+        dataset: Dataset | None,
+        none: Sequence[str],
+        aliases: Mapping[str, str | None],
     ) -> None:
         self.cells, self.problem, self.delimiter, self.aliases = cells, problem, delimiter, aliases
         self.names = dataset.labels if dataset else ()
-        self.none = ("-1", "-1.0") if dataset else ()  # what Hugging Face's exports give a test set
+        self.none = none
 
     def read(self, value: Any, number: int) -> str | float | tuple[str, ...] | None:
-        if value is None or str(value) in self.none or (value == "" and self.problem != "multi"):
+        if value is None or _plain(value) in self.none or (value == "" and self.problem != "multi"):
+            return None
+        if self.aliases.get(_plain(value), "") is None:
             return None
         if self.problem == "regression":
             score = _number(value)

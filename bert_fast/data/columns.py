@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from bert_fast.data.dataset import Columns, Dataset, Request
@@ -93,21 +93,29 @@ def _names(table: Table) -> str:
 
 
 class Cells:
-    """The values of a row by role, checked; an error names the row and the column."""
+    """The values of a row by role, checked; an error names the row and the column.
 
-    def __init__(self, table: Table, columns: Mapping[str, str]) -> None:
-        self.table, self.columns = table, columns
+    Args:
+        table: the file.
+        columns: role -> column.
+        optional: roles whose column a record may lack.
+    """
+
+    def __init__(self, table: Table, columns: Mapping[str, str], optional: Collection[str] = ()) -> None:
+        self.table, self.columns, self.optional = table, columns, optional
 
     def __contains__(self, role: str) -> bool:
         return role in self.columns
 
     def get(self, row: Mapping[str, Any], role: str, number: int) -> Any:
-        """The value, None where the file has no such column."""
+        """The value; None where the file has no such column, or the row has not and may lack it."""
         column = self.columns.get(role)
         if column is None:
             return None
         if column in row:
             return row[column]
+        if role in self.optional:
+            return None
         names = ", ".join(map(repr, row))
         raise ValueError(f"{self.table.where(number)} has no column {column!r}; it has: {names}")
 

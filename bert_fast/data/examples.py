@@ -39,7 +39,10 @@ class TokensExample:
 
 @dataclass(frozen=True)
 class Answer:
-    """A part of a context: `context[start : start + len(text)] == text`, in characters."""
+    """A part of a context: `context[start : start + len(text)] == text`, in characters.
+
+    In evaluation `start` may be -1, for an answer that is not found in its context, but counts as right all the same.
+    """
 
     text: str
     start: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar, Literal
 
@@ -14,6 +14,7 @@ from bert_fast.data.classification import read_texts
 from bert_fast.data.dataset import Request
 from bert_fast.data.examples import Examples, TextExample
 from bert_fast.data.tables import load_json, open_table
+from bert_fast.terminal import progress_bar
 
 ALIASES = {"negative": "neg", "positive": "pos"}
 WORD_INDEX = "imdb_word_index.json"
@@ -31,11 +32,21 @@ def read_reviews(request: Request, **options: Any) -> Examples:
     Raises:
         ValueError, OSError: as `bert_fast.data.catalogue.read` says.
     """
-    if request.path.is_dir():
-        return _read_folder(request)
-    if request.path.suffix == ".npz":
-        return _read_npz(request)
+    read = _read_folder if request.path.is_dir() else _read_npz if request.path.suffix == ".npz" else None
+    if read is not None:
+        _refuse(request, options)
+        return read(request)
     return read_texts(open_table(request.path), request, aliases=ALIASES, **options)
+
+
+def _refuse(request: Request, options: Mapping[str, Any]) -> None:
+    """ValueError for what has no meaning where there are neither columns nor labels to read."""
+    problem = options.get("problem", "single")
+    if problem != "single":
+        raise ValueError(f"problem is {problem!r}, but imdb is 'single'")
+    given = [name for name in options if name != "problem"] + [f"column {role}" for role in request.columns]
+    if given:
+        raise ValueError(f"{request.path} has no columns with labels, which {given[0]!r} could be about")
 
 
 def _read_folder(request: Request) -> Examples:
@@ -44,7 +55,7 @@ def _read_folder(request: Request) -> Examples:
         folder = request.path / label
         if not folder.is_dir():
             raise ValueError(f"{request.path} has no folder {label!r}")
-        for path in sorted(folder.glob("*.txt")):
+        for path in progress_bar(sorted(folder.glob("*.txt")), what=f"reading {label}", unit=" files"):
             try:
                 text = path.read_bytes().decode("utf-8-sig")
             except UnicodeDecodeError as error:
@@ -63,7 +74,8 @@ def _read_npz(request: Request) -> Examples:
     words = _words(path.with_name(WORD_INDEX))
     shifted = all(review[:1] == [START] for review in reviews)
     examples = []
-    for place, (review, label) in enumerate(zip(reviews, labels, strict=True)):
+    both = progress_bar(zip(reviews, labels, strict=True), total=len(reviews), what=f"reading {path.name}")
+    for place, (review, label) in enumerate(both):
         if label not in (0, 1):
             raise ValueError(f"{path}: y_{split}[{place}] is {label!r}, expected 0 or 1")
         names = _decode(review, words, shifted, f"{path}: x_{split}[{place}]")

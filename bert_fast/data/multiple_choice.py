@@ -35,7 +35,8 @@ def read_choices(request: Request) -> Examples:
     """
     table = open_table(request.path)
     layouts, targets = layouts_of(request.dataset, "label") if request.dataset else (_layouts(table), TARGETS)
-    cells = Cells(table, find_columns(table, request, layouts, "label", targets))
+    columns = find_columns(table, request, layouts, "label", targets)
+    cells = Cells(table, columns, () if request.labelled else ("label",))
     examples = []
     for number, name, row in cells.rows():
         context = cells.text(row, "context", number) if "context" in cells else None

@@ -38,8 +38,13 @@ class _Question(NamedTuple):
 def read_questions(request: Request) -> Examples:
     """The questions of a file.
 
-    Of an answer without a place the first occurrence counts. A question that has answers, but none of them in its
-    context, is counted and left out. One without answers is impossible, unless the file says that it is not.
+    Of an answer without a place the first occurrence counts. One without answers is impossible, unless the file says
+    that it is not.
+
+    What is learnt is where an answer is: of the split train, questions whose answers are not in their contexts are
+    counted and left out, and so are answers. What is evaluated is what an answer says: of the other splits all answers
+    of all questions count, as in SQuAD's scripts, and those that are not found have the place -1. (Its script for 2.0
+    takes no answers as "impossible", too, whatever else the file says.)
 
     Args:
         request: roles of files of rows are `question`, `context`, `answers`, `answer_start`, `id`. Answers are
@@ -55,25 +60,28 @@ def read_questions(request: Request) -> Examples:
     for question in questions or _read_rows(request):
         if seen.setdefault(question.id, question.where) != question.where:
             raise ValueError(f"{question.where} has the id {question.id!r}, as {seen[question.id]} has")
-        example = _example(question, request.labelled, skipped)
+        example = _example(question, request, skipped)
         if example is not None:
             examples.append(example)
     return Examples(tuple(examples), dict(skipped))
 
 
-def _example(question: _Question, labelled: bool | None, skipped: Counter[str]) -> QuestionExample | None:
+def _example(question: _Question, request: Request, skipped: Counter[str]) -> QuestionExample | None:
     where, name, text, context, answers, impossible = question
+    labelled, is_learnt = request.labelled, request.split == "train"
     if labelled is False or (answers is None and not impossible):
         if labelled:
             raise ValueError(f"{where} has no answers")
         return QuestionExample(name, text, context)
-    if impossible or (not answers and impossible is None):
+    if impossible or (not answers and (impossible is None or not is_learnt)):
         return QuestionExample(name, text, context, is_impossible=True)
     if not answers:
         skipped[NO_ANSWER] += 1
         return None
     placed = [Answer(answer, _place(answer, start, context)) for answer, start in answers]
     found = tuple(answer for answer in placed if answer.start >= 0)
+    if not is_learnt:
+        return QuestionExample(name, text, context, tuple(placed))
     if found:
         skipped.update({ONE_OF_SEVERAL: 1} if len(found) < len(placed) else {})
         return QuestionExample(name, text, context, found)
@@ -123,7 +131,8 @@ def _get(value: Any, key: str, kind: Any, where: str) -> Any:
 def _read_rows(request: Request) -> Iterator[_Question]:
     table = open_table(request.path)
     layouts, targets = layouts_of(request.dataset, "answers") if request.dataset else (LAYOUTS, TARGETS)
-    cells = Cells(table, find_columns(table, request, layouts, "answers", targets))
+    columns = find_columns(table, request, layouts, "answers", targets)
+    cells = Cells(table, columns, ("answer_start",) if request.labelled else ("answer_start", "answers"))
     for number, name, row in cells.rows():
         where = table.where(number)
         answers = _answers(cells.get(row, "answers", number), where) if "answers" in cells else None

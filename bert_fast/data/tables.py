@@ -12,11 +12,11 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from bert_fast.lines import decoded, json_object, json_value
+from bert_fast.terminal import progress_bar
 
 FORMATS = ("csv", "tsv", "jsonl", "json", "parquet")
 WRONG_NUMBER_OF_COLUMNS = "a row with a wrong number of columns"
@@ -31,7 +31,7 @@ class Table:
     Attributes:
         path: of the file.
         unit: what its rows are counted in: "line", "record" or "row".
-        columns: names, as its header or its first row has them.
+        columns: names, as its header has them; of records all that any of them has, and a record may lack some.
         rows: (number, column -> value), numbers from 1; read as they are taken.
         skipped: reason -> rows left out, complete when the rows are taken.
     """
@@ -81,11 +81,12 @@ def open_table(
         return _open_cells(path, _csv(path) if file_format == "csv" else _tsv(path), header, skip_ragged)
     if file_format == "parquet":
         return _open_parquet(path)
-    unit, records = ("line", _jsonl(path)) if file_format == "jsonl" else ("record", _json(path))
-    first = next(records, None)
-    if first is None:
+    unit, read = ("line", _jsonl) if file_format == "jsonl" else ("record", _json)
+    records = list(_shown(path, unit, read(path)))  # any of them may have a column that those before it have not
+    if not records:
         raise ValueError(f"{path} is empty")
-    return Table(path, unit, tuple(first[1]), chain([first], records))
+    columns = dict.fromkeys(name for _, record in records for name in record)
+    return Table(path, unit, tuple(columns), iter(records))
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -143,8 +144,13 @@ def _open_cells(
             raise ValueError(f"{path} is empty")
     _refuse_twice(path, header)
     table = Table(path, "line", tuple(header), iter(()))
-    table.rows = _rows(table, cells, skip_ragged)
+    table.rows = _shown(path, "line", _rows(table, cells, skip_ragged))
     return table
+
+
+def _shown(path: Path, unit: str, rows: Iterable[Any], total: int | None = None) -> Iterator[Any]:
+    """The rows, with a bar while they are taken."""
+    return iter(progress_bar(rows, total=total, what=f"reading {path.name}", unit=f" {unit}s"))
 
 
 def _refuse_twice(path: Path, columns: Sequence[str]) -> None:
@@ -191,11 +197,11 @@ def _open_parquet(path: Path) -> Table:
         pass
     try:
         file = ParquetFile(path)
-        columns = tuple(file.schema_arrow.names)
+        columns, num_rows = tuple(file.schema_arrow.names), file.metadata.num_rows
     except (ArrowException, OSError) as error:  # the latter where the end of the file is not what it was
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
     _refuse_twice(path, columns)
-    return Table(path, "row", columns, enumerate(_parquet_rows(path, file), 1))
+    return Table(path, "row", columns, _shown(path, "row", enumerate(_parquet_rows(path, file), 1), num_rows))
 
 
 def _parquet_rows(path: Path, file: Any) -> Iterator[Mapping[str, Any]]:

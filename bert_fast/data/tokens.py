@@ -10,6 +10,7 @@ from bert_fast.data.columns import Cells, find_columns, layouts_of
 from bert_fast.data.dataset import Columns, Dataset, Request
 from bert_fast.data.examples import Examples, TokensExample
 from bert_fast.data.tables import FORMATS, Table, format_of, open_table, read_lines
+from bert_fast.terminal import progress_bar
 
 LAYOUTS: tuple[Columns, ...] = ({"words": "tokens"}, {"words": "words"})
 TARGETS = ("ner_tags", "tags", "labels")
@@ -65,7 +66,8 @@ def _table(request: Request) -> Table | None:
 
 def _from_table(table: Table, request: Request, iob1: bool) -> Examples:
     layouts, targets = layouts_of(request.dataset, "tags") if request.dataset else (LAYOUTS, TARGETS)
-    cells = Cells(table, find_columns(table, request, layouts, "tags", (*targets, *TARGETS)))
+    columns = find_columns(table, request, layouts, "tags", (*targets, *TARGETS))
+    cells = Cells(table, columns, () if request.labelled else ("tags",))
     examples = []
     for number, name, row in cells.rows():
         words = cells.texts(row, "words", number)
@@ -121,7 +123,8 @@ def _sentences(path: Path) -> Iterator[tuple[int, list[list[str]]]]:
     rows: list[list[str]] = []
     separator, width = "", 0
     number = 0
-    for number, line in enumerate(read_lines(path), 1):
+    lines = progress_bar(read_lines(path), what=f"reading {path.name}", unit=" lines")
+    for number, line in enumerate(lines, 1):
         line = line.rstrip("\r\n")
         if not line.strip() or line.startswith(DOCUMENT):
             if rows:

@@ -18,6 +18,7 @@ from bert_fast.data.instances import Options
 from bert_fast.data.pretraining import MANIFEST, ShardDataset
 from bert_fast.data.text import find_files, read_documents
 from bert_fast.recipes.held_out import padded
+from bert_fast.terminal import progress_bar
 from bert_fast.training.batches import PackingCollator
 from bert_fast.training.masking import MaskingCollator
 
@@ -153,9 +154,8 @@ def _split(settings: PretrainSettings, texts: dict[str, list[str]], data: Path, 
     counts = [0, 0]
     data.mkdir(parents=True, exist_ok=True)
     with disk.written_at_once(data / "train.txt") as train, disk.written_at_once(held_out) as validation:
-        for document in filter(
-            None, read_documents([source], text_field=settings.text_field, split_sentences=settings.split_sentences)
-        ):
+        documents = read_documents([source], text_field=settings.text_field, split_sentences=settings.split_sentences)
+        for document in progress_bar(filter(None, documents), what="dividing the text", unit=" documents"):
             number = sum(counts)
             to_validation = int((number + 1) * part / 100) > int(number * part / 100)
             counts[to_validation] += 1

@@ -23,7 +23,7 @@ class PretrainingTrainer(Trainer):
     Args:
         model: with a head of pre-training.
         args: how to train; `max_tokens_per_batch` is the budget of the largest phase.
-        phases: texts of each phase.
+        phases: texts of each phase, `ShardDataset`s.
         budgets: of each phase the tokens of a batch, at most, and the texts; None for any number of texts.
         steps: of each phase; not used for one phase alone.
         collate: makes batches.
@@ -53,6 +53,13 @@ class PretrainingTrainer(Trainer):
         self.phases, self.budgets, self.steps = phases, budgets, steps
         self.collate_held_out = collate_held_out
         self.seconds_evaluating = 0.0
+
+    def order(self) -> dict[str, Any]:
+        """See `DurableTrainer`; what the shards were made with, of each phase, and how long it lasts."""
+        options = [part.manifest["options"] for part in self.phases]
+        made = {f"{name} of the shards": [each[name] for each in options] for name in options[0]}
+        steps = {"steps of the phases": list(self.steps), "texts of a batch": [most for _, most in self.budgets]}
+        return {**super().order(), **steps, **made}
 
     def _token_sampler(self, examples: Any, max_tokens: int) -> Any:
         if self._sampler is None:

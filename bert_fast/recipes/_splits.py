@@ -15,7 +15,7 @@ import numpy as np
 from bert_fast.data.catalogue import DATASETS
 from bert_fast.data.examples import ChoiceExample, Example, Examples, QuestionExample, TextExample, TokensExample
 from bert_fast.disk import text_written_at_once
-from bert_fast.tasks._task import Features, Prediction, Task
+from bert_fast.tasks._task import Features, Output, Prediction, Task
 from bert_fast.tasks.registry import TASKS, make_task
 from bert_fast.tokenization import Tokenizer
 
@@ -80,6 +80,15 @@ def make_split(name: str, found: Examples, task: Task, tokenizer: Tokenizer) -> 
     labelled = all(map(is_labelled, found.examples))
     features = task.features(found.examples, tokenizer, labelled=labelled)
     return Split(name, found.examples, features, found.skipped, labelled)
+
+
+def judged(task: Task, split: Split, outputs: Sequence[Output]) -> tuple[list[Prediction], dict[str, float]]:
+    """What is said of each example; and the metrics, with the `loss` where the task has one, if there are labels."""
+    predictions = task.predictions(split.examples, split.features, outputs)
+    if not split.labelled:
+        return predictions, {}
+    metrics, loss = task.metrics(split.examples, predictions), task.mean_loss(split.features, outputs)
+    return predictions, metrics if loss is None else {**metrics, "loss": loss}
 
 
 def is_labelled(example: Example) -> bool:

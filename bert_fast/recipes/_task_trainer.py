@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from bert_fast.recipes._splits import Split
+from bert_fast.recipes._splits import Split, judged
 from bert_fast.recipes.predict import Collate, run
 from bert_fast.tasks._task import Output, Prediction, Task
 from bert_fast.training.arguments import TrainingArguments
@@ -17,7 +17,7 @@ from bert_fast.training.trainer import Trainer
 
 
 class TaskTrainer(Trainer):
-    """A `Trainer` whose evaluation is `task.metrics` of `task.predictions`, under the names `eval_...`.
+    """A `Trainer` whose evaluation is the metrics and the loss of the task, under the names `eval_...`.
 
     Args:
         model: with the task's head.
@@ -49,8 +49,8 @@ class TaskTrainer(Trainer):
         self.task, self.validation, self.collate = task, validation, collate
         self.seconds_evaluating = 0.0
 
-    def said_of(self, split: Split) -> list[Prediction]:
-        """What the model says of each example; the processes share the work, and all get all of it."""
+    def judged(self, split: Split) -> tuple[list[Prediction], dict[str, float]]:
+        """See `_splits.judged`; the processes share the work, and all get all of it."""
         features, world, rank = split.features, self.args.world_size, self.args.process_index
         share = replace(features, inputs=features.inputs[rank::world], owners=features.owners[rank::world])
         bar = None if self.is_world_process_zero() and not self.args.disable_tqdm else False
@@ -60,7 +60,7 @@ class TaskTrainer(Trainer):
             shares: list[list[Output]] = [[] for _ in range(world)]
             dist.all_gather_object(shares, outputs, group=self._counts_group)
             outputs = [shares[number % world][number // world] for number in range(len(features.inputs))]
-        return self.task.predictions(split.examples, features, outputs)
+        return judged(self.task, split, outputs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -73,12 +73,15 @@ class TaskTrainer(Trainer):
         if self.validation is None:
             raise ValueError("there are no validation examples to evaluate")
         start = time.perf_counter()
-        metrics = self.task.metrics(self.validation.examples, self.said_of(self.validation))
+        _, metrics = self.judged(self.validation)
         seconds = time.perf_counter() - start
         self.seconds_evaluating += seconds
         wanted = self.args.metric_for_best_model
         if wanted is not None and wanted.removeprefix("eval_") not in metrics:
-            raise ValueError(f"metric_for_best_model is {wanted!r}, expected one of {', '.join(metrics)}")
+            why = ""
+            if wanted.removeprefix("eval_") == "loss":
+                why = "; the loss of this task is that of a batch, or no example has one, and there is no mean of it"
+            raise ValueError(f"metric_for_best_model is {wanted!r}, expected one of {', '.join(metrics)}{why}")
         logs = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         logs[f"{metric_key_prefix}_runtime"] = seconds
         self.log(dict(logs))

@@ -22,7 +22,7 @@ from bert_fast.heads import Head
 from bert_fast.loading import from_pretrained
 from bert_fast.recipes import finetune
 from bert_fast.recipes._runs import RESULTS_FILE
-from bert_fast.recipes._splits import Split, beside, make_split, reading, sampled, write_predictions
+from bert_fast.recipes._splits import Split, beside, judged, make_split, reading, sampled, write_predictions
 from bert_fast.recipes.card import write_card
 from bert_fast.recipes.predict import FineTuned, load, read_tokenizer, run
 from bert_fast.recipes.report import write_report
@@ -178,12 +178,10 @@ def distill(settings: DistillSettings) -> DistillResult:
     for name, split in splits.items():
         if name == "train":
             continue
-        predictions = trainer.said_of(split)
+        predictions, scores = trainer.judged(split)
         if split.labelled:
-            metrics["student"][name] = tuned.task.metrics(split.examples, predictions)
-            outputs = run(tuned.model, tuned.task, split.features)
-            said = tuned.task.predictions(split.examples, split.features, outputs)
-            metrics["teacher"][name] = tuned.task.metrics(split.examples, said)
+            metrics["student"][name] = scores
+            _, metrics["teacher"][name] = judged(tuned.task, split, run(tuned.model, tuned.task, split.features))
         if trainer.is_world_process_zero():
             write_predictions(output_dir / f"predictions_{name}.jsonl", beside(split.examples, predictions))
     timed = _few((held_out or splits["train"]).features)

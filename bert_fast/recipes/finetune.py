@@ -75,7 +75,7 @@ class FinetuneResult:
 
     Attributes:
         output_dir: where the model is.
-        metrics: split -> metric -> value, of the model that was kept.
+        metrics: split -> metric -> value, of the model that was kept; `loss` beside them, where the task has one.
         main_metric: the one that chose it.
         seconds: of training, evaluations on the way included.
         train: what else is known of the training: `seconds`, `steps`, `examples`, `tokens_per_second`, `skipped`,
@@ -155,9 +155,9 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
     for name, split in splits.items():
         if name == "train":
             continue
-        predictions = trainer.said_of(split)
+        predictions, scores = trainer.judged(split)
         if split.labelled:
-            metrics[name] = task.metrics(split.examples, predictions)
+            metrics[name] = scores
         if trainer.is_world_process_zero():
             write_predictions(output_dir / f"predictions_{name}.jsonl", beside(split.examples, predictions))
     if trainer.is_world_process_zero():

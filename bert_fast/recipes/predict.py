@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,19 @@ from bert_fast.folders import read_json, resolve
 from bert_fast.heads import Head
 from bert_fast.loading import from_pretrained, parse_device
 from bert_fast.recipes._runs import RESULTS_FILE
-from bert_fast.recipes._splits import Split, beside, check_format, make_split, reading, write_predictions
+from bert_fast.recipes._splits import (
+    Split,
+    beside,
+    check_format,
+    judged,
+    make_split,
+    reading,
+    task_of,
+    write_predictions,
+)
 from bert_fast.recipes.submission import check_benchmark, write_submission
 from bert_fast.tasks._task import Features, Output, Prediction, Task
+from bert_fast.tasks.classification import Classification
 from bert_fast.tasks.registry import load_task
 from bert_fast.terminal import progress_bar
 from bert_fast.tokenization import Tokenizer
@@ -58,7 +68,7 @@ def run(
     lengths = np.array([_num_tokens(feature["input_ids"]) for feature in inputs])
     outputs: list[Output | None] = [None] * len(inputs)
     model.eval()
-    with torch.inference_mode(), progress_bar(total=len(inputs), show=progress) as bar:
+    with torch.inference_mode(), progress_bar(total=len(inputs), what="asking the model", show=progress) as bar:
         for numbers in plan_batches(lengths, batch_tokens or token_budget(device)):
             chosen = [inputs[number] for number in numbers]
             batch = collate([{name: f[name] for name in f if name not in targets} for f in chosen])
@@ -131,6 +141,23 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def of_data(tuned: FineTuned, name: str) -> FineTuned:
+    """The same model for the files of another data set, by whose metrics it is scored, as `ax` for one of `mnli`.
+
+    Raises:
+        ValueError: there is no such data set, it is of another kind, or has labels that the model has not.
+    """
+    task = task_of(name, {})
+    if task.kind != tuned.task.kind:
+        raise ValueError(f"{name} is {task.kind}, but the model is for {tuned.task.kind}")
+    ours, theirs = (getattr(each, "labels", None) or () for each in (tuned.task, task))
+    if unknown := [label for label in theirs if label not in ours]:
+        raise ValueError(f"{name} has the label {unknown[0]!r}, which the model has not: {', '.join(ours)}")
+    metrics = {"metric_names": task.metric_names} if isinstance(task, Classification) else {}
+    told: Any = tuned.task
+    return replace(tuned, data=name, columns={}, read_options={}, task=replace(told, **metrics))
+
+
 def read_split(
     tuned: FineTuned, file: str | Path, split: str = "test", columns: Mapping[str, str] | None = None, *, labelled: bool
 ) -> Split:
@@ -141,10 +168,9 @@ def read_split(
     return make_split(split, found, tuned.task, tuned.tokenizer)
 
 
-def said_of(tuned: FineTuned, split: Split, progress: bool | None = None) -> list[Prediction]:
-    """What the model says of each example of a split."""
-    outputs = run(tuned.model, tuned.task, split.features, progress=progress)
-    return tuned.task.predictions(split.examples, split.features, outputs)
+def said_of(tuned: FineTuned, split: Split, progress: bool | None = None) -> tuple[list[Prediction], dict[str, float]]:
+    """What the model says of each example of a split; and its scores, if that has labels."""
+    return judged(tuned.task, split, run(tuned.model, tuned.task, split.features, progress=progress))
 
 
 def evaluate(
@@ -167,7 +193,7 @@ def evaluate(
         progress: as in `run`.
 
     Returns:
-        The metrics, and what was read.
+        The metrics, `loss` among them where the task has one, and what was read.
 
     Raises:
         ValueError: the file cannot be read, or an example has no label or one that training did not have.
@@ -177,10 +203,10 @@ def evaluate(
     part = read_split(tuned, file, split, columns, labelled=True)
     if not part.labelled:
         raise ValueError(f"{file} has examples without labels, which cannot be scored: use predict")
-    predictions = said_of(tuned, part, progress)
+    predictions, metrics = said_of(tuned, part, progress)
     if output is not None:
         write_predictions(Path(output), beside(part.examples, predictions))
-    return tuned.task.metrics(part.examples, predictions), part
+    return metrics, part
 
 
 def predict(
@@ -210,7 +236,7 @@ def predict(
     if submission is not None:
         check_benchmark(tuned.data)
     part = read_split(tuned, file, split, columns, labelled=False)
-    predictions = said_of(tuned, part, progress)
+    predictions, _ = said_of(tuned, part, progress)
     write_predictions(Path(output), predictions)
     if submission is not None:
         benchmark = f"{tuned.data}_mismatched" if split.endswith("_mismatched") else tuned.data

@@ -24,7 +24,7 @@ from bert_fast.lines import decoded, json_value
 from bert_fast.loading import WEIGHT_PATTERNS
 from bert_fast.recipes.finetune import FinetuneSettings, finetune
 from bert_fast.recipes.spaces import PUBLISHED, Range, Space, check_space, drawn_point, grid_points
-from bert_fast.terminal import progress_bar
+from bert_fast.terminal import is_watched, progress_bar
 
 #: What a search leaves in its folder.
 TRIALS_FILE = "trials.jsonl"
@@ -120,7 +120,8 @@ def search(settings: SearchSettings) -> SearchResult:
         _same_search(settings, output_dir / DEFINITION_FILE)
         done = read_trials(output_dir)
         total = (settings.trials or len(grid_points(settings.space))) * len(settings.seeds)
-        with progress_bar(total=total, initial=min(len(done), total), what="trials", unit=" trials", show=True) as bar:
+        begun, show = min(len(done), total), is_watched()
+        with progress_bar(total=total, initial=begun, what="trials", unit=" trials", show=show) as bar:
             for number, parameters, seed in _missing(settings, done, total):
                 bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in parameters.items()))
                 trial = _run(settings, number, parameters, seed)
@@ -195,8 +196,8 @@ def _run(settings: SearchSettings, number: int, parameters: dict[str, Any], seed
         return Trial(number, parameters, seed, None, {}, time.perf_counter() - start, str(error) or repr(error))
     metrics = next(values for split, values in result.metrics.items() if split.startswith("validation"))
     metric = settings.metric or result.main_metric
-    if metric not in metrics:
-        raise ValueError(f"metric is {metric!r}, expected one of {', '.join(metrics)}")
+    if metric not in (higher := metrics.keys() - {"loss"}):
+        raise ValueError(f"metric is {metric!r}, expected one of {', '.join(sorted(higher))}, where higher is better")
     seconds, score = time.perf_counter() - start, metrics[metric]
     if not math.isfinite(score):
         return Trial(number, parameters, seed, None, {}, seconds, f"{metric} is {score}")

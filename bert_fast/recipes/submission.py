@@ -30,7 +30,7 @@ GLUE_FILES = {
 #: Those whose labels are written by name; the others' are numbers.
 NAMED = frozenset({"mnli", "mnli_mismatched", "ax", "qnli", "rte"})
 #: Data set whose labels a benchmark has that is none of the catalogue's.
-LABELS_OF = {"mnli_mismatched": "mnli", "ax": "mnli"}
+LABELS_OF = {"mnli_mismatched": "mnli"}
 #: What `write_submission` knows.
 BENCHMARKS = (*GLUE_FILES, "squad", "squad_v2", "conll2003", "swag", "imdb")
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice, pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from bert_fast.losses import IGNORED_LABEL
+from bert_fast.terminal import progress_bar
 from bert_fast.tokenization import TokenBatch, Tokenizer
 
 #: Texts tokenised at a time: the tokenizers library holds about 100 bytes for a token.
@@ -19,16 +21,25 @@ CHUNK = 4096
 
 
 def encode(
-    texts: Iterable[Any], tokenizer: Tokenizer, max_seq_length: int
+    texts: Sequence[Any], tokenizer: Tokenizer, max_seq_length: int
 ) -> tuple[list[dict[str, Any]], NDArray[np.bool_]]:
     """Features of texts or pairs of texts, without labels, and whether each lost tokens to `max_seq_length`."""
     features: list[dict[str, Any]] = []
-    truncated, rest = [np.zeros(0, np.bool_)], iter(texts)
-    while chunk := list(islice(rest, CHUNK)):
+    truncated = [np.zeros(0, np.bool_)]
+    for chunk in in_chunks(texts):
         tokens = tokenizer(chunk, max_seq_length)
         features += split_tokens(tokens)
         truncated.append(tokens.truncated)
     return features, np.concatenate(truncated)
+
+
+def in_chunks(items: Sequence[Any], unit: str = " texts") -> Iterator[Sequence[Any]]:
+    """`CHUNK` at a time, with a bar that says that they are tokenised."""
+    with progress_bar(total=len(items), what="tokenising", unit=unit) as bar:
+        for start in range(0, len(items), CHUNK):
+            chunk = items[start : start + CHUNK]
+            yield chunk
+            bar.update(len(chunk))
 
 
 def split_tokens(tokens: TokenBatch) -> list[dict[str, Any]]:
@@ -94,6 +105,17 @@ def rows_of_each(values: Tensor, batch: Mapping[str, Any]) -> list[NDArray[np.fl
     if "cu_seq_lens_q" in batch:
         return [rows[0, start:end].numpy() for start, end in pairwise(batch["cu_seq_lens_q"].tolist())]
     return [row[mask].numpy() for row, mask in zip(rows, batch["attention_mask"].cpu().bool(), strict=True)]
+
+
+def cross_entropy(logits: Sequence[NDArray[np.float32]], labels: Sequence[Any]) -> float:
+    """The mean over all rows that have a label; NaN where none has.
+
+    Args:
+        logits: (num_labels,) or (n, num_labels) each.
+        labels: a number or (n,) each, -100 for none.
+    """
+    rows, numbers = torch.from_numpy(np.vstack(logits)), torch.from_numpy(np.hstack(labels).astype(np.int64))
+    return F.cross_entropy(rows.double(), numbers, ignore_index=IGNORED_LABEL).item()
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -101,6 +101,13 @@ class Task(ABC):
         """What is said of each example, in order."""
 
     @abstractmethod
+    def mean_loss(self, features: Features, outputs: Sequence[Output]) -> float | None:
+        """What training lowers, of these features with labels: the mean over all labels, wherever batches are cut.
+
+        None where it is defined within a batch only, as with negatives from the batch, or nothing has a label.
+        """
+
+    @abstractmethod
     def metrics(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, float]:
         """The official metrics of the task, between 0 and 1 (correlations -1 and 1), over examples with labels."""
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from bert_fast.data.examples import TextExample
-from bert_fast.tasks._batches import encode, in_order, label_number, softmax
+from bert_fast.tasks._batches import cross_entropy, encode, in_order, label_number, softmax
 from bert_fast.tasks._task import Features, Output, Prediction, Task, check_examples
 from bert_fast.tasks.metrics import METRICS
 from bert_fast.tokenization import Tokenizer
@@ -147,6 +149,17 @@ class Classification(Task):
             probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
             label = [name for name, logit in zip(self.labels, logits, strict=True) if logit > 0]
         return {"label": label, "probabilities": dict(zip(self.labels, probabilities.tolist(), strict=True))}
+
+    def mean_loss(self, features: Features, outputs: Sequence[Output]) -> float | None:
+        """See `Task`; cross-entropy, binary cross-entropy or the mean squared error."""
+        if not outputs:
+            return None
+        logits, labels = [output[0] for output in outputs], [feature["labels"] for feature in features.inputs]
+        if self._problem == "single":
+            return cross_entropy(logits, labels)
+        per_label = F.mse_loss if self._problem == "regression" else F.binary_cross_entropy_with_logits
+        rows = torch.from_numpy(np.stack(logits)).double()
+        return per_label(rows, torch.from_numpy(np.stack(labels)).double().reshape(rows.shape)).item()
 
     def metrics(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, float]:
         """See `Task`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bert_fast.data.examples import SentencesExample
-from bert_fast.sentence_embedding import SCORED, EmbeddingSettings
+from bert_fast.sentence_embedding import LOSSES, SCORED, SEPARATE, EmbeddingSettings
+from bert_fast.tasks._batches import encode
 from bert_fast.tasks._task import Features, Output, Prediction, Task, check_examples
 from bert_fast.tasks.metrics import METRICS
 from bert_fast.tokenization import Tokenizer
@@ -25,13 +27,15 @@ RANKED_TOGETHER = 1024
 class SentenceEmbeddings(Task):
     """Vectors of texts; `SentencesExample`.
 
-    What the loss contrasts is one batch of one process: with "multiple_negatives_ranking" every batch should have as
-    many examples as memory allows, and with several processes each has negatives of its own.
+    What "multiple_negatives_ranking" contrasts is one batch, which should have as many examples as can be:
+    `mini_batch_size` has it take the memory of a part (as GradCache; Gao et al., 2021), and with several processes
+    `gather_across_devices` makes one batch of theirs. Micro-batches of `gradient_accumulation_steps` stay apart.
 
     Attributes:
         loss: one of `bert_fast.sentence_embedding.LOSSES`; None for "cosine_similarity" where examples have scores and
             "multiple_negatives_ranking" where they have none.
-        pooling_mode, normalize, max_seq_length, scale, margin, symmetric: as in `EmbeddingSettings`.
+        pooling_mode, normalize, max_seq_length, scale, margin, symmetric, gather_across_devices, mini_batch_size: as in
+            `EmbeddingSettings`.
         metric: which one says what is best; None for "spearman" with scores, else "mrr".
     """
 
@@ -42,6 +46,8 @@ class SentenceEmbeddings(Task):
     scale: float = 20.0
     margin: float = 1.0
     symmetric: bool = False
+    gather_across_devices: bool = False
+    mini_batch_size: int | None = None
     metric: str | None = None
 
     kind: ClassVar[str] = "embeddings"
@@ -53,7 +59,7 @@ class SentenceEmbeddings(Task):
 
     def settings(self) -> EmbeddingSettings:
         """What the head is told; ValueError for options that are impossible."""
-        names = ("pooling_mode", "normalize", "max_seq_length", "scale", "margin", "symmetric")
+        names = {field.name for field in fields(EmbeddingSettings)} - {"loss"}
         given: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.loss is not None:
             given["loss"] = self.loss
@@ -102,20 +108,18 @@ class SentenceEmbeddings(Task):
         if not examples:
             return Features([], np.zeros(0, np.int64))
         _checked(examples)
-        tokens = tokenizer([text for example in examples for text in example.texts], self.max_seq_length)
+        texts, truncated = encode([t for example in examples for t in example.texts], tokenizer, self.max_seq_length)
         num_texts = len(examples[0].texts)
-        ends = tokens.lengths.cumsum()
-        positions = np.arange(len(tokens.input_ids)) - np.repeat(ends - tokens.lengths, tokens.lengths)
-        cuts = ends[num_texts - 1 : -1 : num_texts]
-        inputs: list[dict[str, Any]] = [
-            {"input_ids": ids, "position_ids": places}
-            for ids, places in zip(np.split(tokens.input_ids, cuts), np.split(positions, cuts), strict=True)
-        ]
+        inputs: list[dict[str, Any]] = []
+        for start in range(0, len(texts), num_texts):
+            own = [text["input_ids"] for text in texts[start : start + num_texts]]
+            places = [np.arange(len(ids)) for ids in own]
+            inputs.append({"input_ids": np.concatenate(own), "position_ids": np.concatenate(places)})
         if labelled:
             for feature, example in zip(inputs, examples, strict=True):
                 feature["labels"] = 1.0 if example.score is None else float(example.score)
-        truncated = tokens.truncated.reshape(-1, num_texts).any(1)
-        return Features(inputs, np.arange(len(examples)), num_truncated=int(truncated.sum()))
+        cut = truncated.reshape(-1, num_texts).any(1)
+        return Features(inputs, np.arange(len(examples)), num_truncated=int(cut.sum()))
 
     def collator(self, config: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """See `Task`."""
@@ -150,6 +154,15 @@ class SentenceEmbeddings(Task):
             for prediction, rank in zip(said, _ranks(examples, vectors), strict=True):
                 prediction["rank"] = int(rank)
         return said
+
+    def mean_loss(self, features: Features, outputs: Sequence[Output]) -> float | None:
+        """See `Task`; the losses that look at one example at a time have one, those that contrast a batch have none."""
+        texts = len(outputs[0][0]) if outputs else 0
+        if self.loss not in SEPARATE or texts < (3 if self.loss == "triplet" else 2):
+            return None
+        vectors = torch.from_numpy(np.stack([output[0] for output in outputs])).double()
+        labels = torch.tensor([feature["labels"] for feature in features.inputs], dtype=torch.float64)
+        return LOSSES[self.loss](vectors, labels, labels, self.settings()).item()
 
     def metrics(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, float]:
         """See `Task`.
@@ -190,8 +203,8 @@ class SentencesCollator:
                 perhaps `labels`.
 
         Returns:
-            What `pack` gives for the texts; text_ids (num_examples, texts of each) int64, equal for texts of equal
-            tokens; labels (num_examples,) float32 where there are any.
+            What `pack` gives for the texts; text_ids (num_examples, texts of each) int64, a digest of the tokens of
+            each text, which is the same in all processes; labels (num_examples,) float32 where there are any.
 
         Raises:
             ValueError: an example has another number of texts than the first one.
@@ -202,13 +215,17 @@ class SentencesCollator:
             texts += np.split(np.asarray(feature["input_ids"]), starts[1:])
             if len(starts) * (index + 1) != len(texts):
                 raise ValueError(f"feature {index} has {len(starts)} texts, not as many as those before it")
-        numbers: dict[bytes, int] = {}
-        text_ids = [numbers.setdefault(text.tobytes(), len(numbers)) for text in texts]
+        text_ids = [_digest(text) for text in texts]
         batch = self.pack([{"input_ids": text} for text in texts])
         batch["text_ids"] = torch.tensor(text_ids).view(len(features), -1)
         if "labels" in features[0]:
             batch["labels"] = torch.tensor([float(feature["labels"]) for feature in features])
         return batch
+
+
+def _digest(ids: NDArray[np.int64]) -> int:
+    """64 bits, with a sign."""
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little", signed=True)
 
 
 def _checked(examples: Sequence[Any]) -> None:

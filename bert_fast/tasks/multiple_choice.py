@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bert_fast.data.examples import ChoiceExample
-from bert_fast.tasks._batches import PaddingCollator, encode, softmax
+from bert_fast.tasks._batches import PaddingCollator, cross_entropy, encode, softmax
 from bert_fast.tasks._task import Features, Output, Prediction, Task, check_examples
 from bert_fast.tasks.metrics import METRICS
 from bert_fast.tokenization import Tokenizer
@@ -73,6 +73,11 @@ class MultipleChoice(Task):
             {"id": example.id, "label": int(logits.argmax()), "probabilities": softmax(logits).tolist()}
             for example, (logits,) in zip(examples, outputs, strict=True)
         ]
+
+    def mean_loss(self, features: Features, outputs: Sequence[Output]) -> float | None:
+        """See `Task`; cross-entropy over the choices."""
+        labels = [feature["labels"] for feature in features.inputs]
+        return cross_entropy([logits for (logits,) in outputs], labels) if outputs else None
 
     def metrics(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, float]:
         """See `Task`."""

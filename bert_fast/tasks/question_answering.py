@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bert_fast.data.examples import Answer, QuestionExample
-from bert_fast.tasks._batches import CHUNK, rows_of_each, softmax
+from bert_fast.tasks._batches import in_chunks, rows_of_each, softmax
 from bert_fast.tasks._spans import Frame, Window, best_spans, null_span, window_bounds
 from bert_fast.tasks._task import Features, Output, Prediction, Task, check_examples
 from bert_fast.tasks.metrics import best_thresholds, squad_scores
+from bert_fast.terminal import progress_bar
 from bert_fast.tokenization import Tokenizer
 
 
@@ -68,6 +69,10 @@ class QuestionAnswering(Task):
         for example in examples:
             self._answer(example)
 
+    def _has_place(self, example: QuestionExample) -> bool:
+        """Whether the place of an answer is known, or that there is none."""
+        return example.is_impossible or not example.answers or any(a.start >= 0 for a in example.answers)
+
     def _answer(self, example: QuestionExample) -> Answer | None:
         """The answer to learn, None for "there is no answer"."""
         if example.is_impossible:
@@ -76,7 +81,7 @@ class QuestionAnswering(Task):
             return None
         if not example.answers:
             raise ValueError(f"question {example.id} has no answer, and is not said to have none")
-        answer = example.answers[0]
+        answer = next((answer for answer in example.answers if answer.start >= 0), example.answers[0])
         found = example.context[answer.start : answer.start + len(answer.text)] if answer.start >= 0 else ""
         if not answer.text.strip() or found != answer.text:
             raise ValueError(
@@ -92,8 +97,9 @@ class QuestionAnswering(Task):
     def features(self, examples: Sequence[Any], tokenizer: Tokenizer, *, labelled: bool) -> Features:
         """See `Task`; a feature for each window, whose extra is the `Window`.
 
-        With labels, `start_positions` and `end_positions` of the first answer; both are 0, [CLS], where it is not whole
-        in the window, or there is none.
+        With labels, `start_positions` and `end_positions` of the first answer that has a place. Both are 0, [CLS],
+        where it is not whole in the window, or there is none; and one past the text, which no loss looks at, where the
+        answers are known but not where they are.
         """
         frame = Frame.of(tokenizer)
         limit = min(self.max_seq_length, tokenizer.model_max_length or self.max_seq_length)
@@ -105,23 +111,26 @@ class QuestionAnswering(Task):
         inputs: list[dict[str, Any]] = []
         owners: list[int] = []
         windows: list[Window] = []
-        num_truncated = 0
-        for start in range(0, len(examples), CHUNK):
-            chunk = examples[start : start + CHUNK]
+        num_truncated, number = 0, -1
+        for chunk in in_chunks(examples, " questions"):
             questions = _encode([example.question for example in chunk], tokenizer)
             contexts = _encode([example.context for example in chunk], tokenizer)
-            for number, example in enumerate(chunk, start):
+            for example in chunk:
+                number += 1
                 question, (context, offsets) = questions[example.question][0], contexts[example.context]
                 num_truncated += len(question) > self.max_query_length
                 question = question[: self.max_query_length]
                 target = self._target(example, offsets) if labelled else None
+                unplaced = labelled and not self._has_place(example)
                 column = len(frame.before) + len(question) + len(frame.between)
                 room = limit - frame.num_special - len(question)
                 for first, stop in window_bounds(len(context), room, self.doc_stride):
                     feature: dict[str, Any] = frame.join(question, context[first:stop])
                     if labelled:
                         places = [0, 0]
-                        if target is not None and first <= target[0] and target[1] < stop:
+                        if unplaced:
+                            places = [len(feature["input_ids"])] * 2  # one past the text: no loss
+                        elif target is not None and first <= target[0] and target[1] < stop:
                             places = [column - first + token for token in target]
                         feature["start_positions"], feature["end_positions"] = places
                     inputs.append(feature)
@@ -130,8 +139,8 @@ class QuestionAnswering(Task):
         return Features(inputs, np.array(owners, np.int64), windows, num_truncated)
 
     def _target(self, example: QuestionExample, offsets: NDArray[np.int64]) -> tuple[int, int] | None:
-        """First and last token of the answer in the context; None for "there is no answer"."""
-        answer = self._answer(example)
+        """First and last token of the answer in the context; None for "there is no answer", or none with a place."""
+        answer = self._answer(example) if self._has_place(example) else None
         if answer is None:
             return None
         touched = (offsets[:, 0] < answer.start + len(answer.text)) & (offsets[:, 1] > answer.start)
@@ -155,7 +164,8 @@ class QuestionAnswering(Task):
         """
         bounds = np.searchsorted(features.owners, np.arange(len(examples) + 1))
         said = []
-        for example, start, stop in zip(examples, bounds, bounds[1:], strict=False):
+        shown = progress_bar(examples, what="choosing answers", unit=" questions")
+        for example, start, stop in zip(shown, bounds, bounds[1:], strict=False):
             said.append(self._prediction(example, features.extras[start:stop], outputs[start:stop]))
         return said
 
@@ -185,6 +195,16 @@ class QuestionAnswering(Task):
             if difference > self.null_score_diff_threshold or best is nothing:
                 chosen = next(entry for entry in n_best if not entry["answer"])
         return {"id": example.id, **{name: chosen[name] for name in nothing}, **negative, "n_best": n_best}
+
+    def mean_loss(self, features: Features, outputs: Sequence[Output]) -> float | None:
+        """See `Task`; the mean of the cross-entropies of start and end, over the windows that have a target."""
+        losses = [
+            np.logaddexp.reduce(logits.astype(np.float64)) - logits[feature[name]]
+            for feature, output in zip(features.inputs, outputs, strict=True)
+            for name, logits in zip(("start_positions", "end_positions"), output, strict=True)
+            if feature[name] < len(logits)
+        ]
+        return float(np.mean(losses)) if losses else None
 
     def metrics(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, float]:
         """See `Task`; as SQuAD's scripts, over the questions whose answers are known, or known not to be.

@@ -13,7 +13,7 @@ from torch import nn
 
 from bert_fast.data.examples import TokensExample
 from bert_fast.losses import IGNORED_LABEL
-from bert_fast.tasks._batches import CHUNK, in_order, label_number, rows_of_each, split_tokens
+from bert_fast.tasks._batches import cross_entropy, in_chunks, in_order, label_number, rows_of_each, split_tokens
 from bert_fast.tasks._task import Features, Output, Prediction, Task, check_examples
 from bert_fast.tasks.metrics import accuracy, entity_scores, entity_scores_by_type
 from bert_fast.tokenization import Tokenizer
@@ -79,8 +79,7 @@ class TokenClassification(Task):
         extras: list[Any] = []
         num_truncated, numbers = 0, {tag: number for number, tag in enumerate(self._tags)}
         within = [numbers.get(f"I-{tag[2:]}", n) if tag.startswith("B-") else n for n, tag in enumerate(self._tags)]
-        for start in range(0, len(examples), CHUNK):
-            chunk = examples[start : start + CHUNK]
+        for chunk in in_chunks(examples):
             tokens, words = tokenizer.encode_words([example.words for example in chunk], self.max_seq_length)
             num_truncated += tokens.num_truncated
             owners = np.split(words, tokens.lengths.cumsum()[:-1])
@@ -117,6 +116,13 @@ class TokenClassification(Task):
             tags = [self._tags[best[place]] if place >= 0 else OUTSIDE for place in first]
             said.append({"id": example.id, "tags": tags, **({"num_words_cut": num_cut} if num_cut else {})})
         return said
+
+    def mean_loss(self, features: Features, outputs: Sequence[Output]) -> float | None:
+        """See `Task`; cross-entropy over the tokens that have a label."""
+        labels = [feature["labels"] for feature in features.inputs]
+        if all((own == IGNORED_LABEL).all() for own in labels):
+            return None
+        return cross_entropy([logits for (logits,) in outputs], labels)
 
     def metrics(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, float]:
         """See `Task`; of entities, or the accuracy for other tags."""

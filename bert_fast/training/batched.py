@@ -124,8 +124,7 @@ class BatchedTrainer(DurableTrainer):
         if self._digest is None and has_length(self.train_dataset):
             self._digest = dataset_digest(self.train_dataset)
         order = {"data": self._digest, "seed": args.seed, "data_seed": args.data_seed}
-        if hasattr(self.data_collator, "seed"):
-            order["seed of the masks"] = self.data_collator.seed
+        order |= getattr(self.data_collator, "order", {})
         names = ["max_tokens_per_batch", "dataloader_drop_last"]
         if args.max_tokens_per_batch is None:
             names += ["world_size", "per_device_train_batch_size", "gradient_accumulation_steps"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,8 @@ class DurableTrainer(transformers.Trainer):
         missing = set(load_result.missing_keys) - tied
         if missing or load_result.unexpected_keys:
             raise ValueError(
-                f"the checkpoint does not fit the {type(self.model).__name__}: it lacks {sorted(missing)} and has "
-                f"{load_result.unexpected_keys} besides"
+                f"the checkpoint does not fit the {type(self.model).__name__}: it lacks {_few(missing)} and has "
+                f"{_few(load_result.unexpected_keys)} besides"
             )
 
     def _init_training_state(
@@ -271,3 +272,9 @@ def _check_order(before: dict[str, Any], now: dict[str, Any]) -> None:
             f"the run cannot go on where it was, for its batches would be other ones: {differences}. With "
             "ignore_data_skip=True it goes on from the beginning of an epoch"
         )
+
+
+def _few(names: Collection[str]) -> str:
+    """The first three, and how many there are besides."""
+    first = ", ".join(sorted(names)[:3]) or "nothing"
+    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,12 @@ class MaskingCollator:
         self.pack = PackingCollator(max_position_embeddings=max_position_embeddings)
         # Shared, because workers that persist keep the copy of this object that they were started with.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """What decides the masks, by name, as JSON has it; see `DurableTrainer.order`."""
+        told = {field.name: getattr(self.masking, field.name) for field in fields(self.masking) if field.init}
+        return {"seed of the masks": self.seed, **told, "special_token_ids": list(self.masking.special_token_ids)}
 
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch, before a `DataLoader` begins to fetch its batches; its workers follow."""

@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers.models import WordPiece
 
 from bert_fast.folders import CONFIG_FILE, new_folder, read_json, resolve
+from bert_fast.terminal import progress_bar
 from bert_fast.vocabulary.words import split, tokenizer_of
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def costly_words(
     """
     model = backend.model
     gains: dict[str, int] = {}
-    for word, count in counts.items():
+    for word, count in progress_bar(counts.items(), what="weighing words", unit=" words"):
         if count >= min_frequency and any(map(str.isalpha, word)):
             gains[word] = count * (len(model.tokenize(word)) - 1)
     ranked = sorted((word for word, gain in gains.items() if gain > 0), key=lambda word: (-gains[word], word))
@@ -159,7 +160,7 @@ def changes(
     """
     new, first, second = set(words), before.model, after.model
     found = []
-    for word, count in counts.items():
+    for word, count in progress_bar(counts.items(), what="looking for changes", unit=" words"):
         if word not in new:
             old, now = (tuple(token.value for token in model.tokenize(word)) for model in (first, second))
             if old != now:

@@ -24,13 +24,13 @@ def run(*args):
 
 
 def test_names_and_kinds():
-    names = "cola sst2 mrpc qqp stsb mnli qnli rte wnli squad squad_v2 conll2003 swag imdb"
+    names = "cola sst2 mrpc qqp stsb mnli ax qnli rte wnli squad squad_v2 conll2003 swag imdb"
     assert list(DATASETS) == names.split()
     for name, dataset in DATASETS.items():
         assert dataset.name == name
         assert dataset.kind in KINDS
         assert dataset.metrics
-        assert "train" in dataset.splits
+        assert ("train" in dataset.splits) == (name != "ax")
         assert dataset.options["max_seq_length"] == {"squad": 384, "squad_v2": 384, "imdb": 512}.get(name, 128)
 
 

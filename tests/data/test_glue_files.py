@@ -31,6 +31,7 @@ TEXT_FEATURES = {
     "qnli": ("question", "sentence"),
     "rte": ("sentence1", "sentence2"),
     "wnli": ("sentence1", "sentence2"),
+    "ax": ("premise", "hypothesis"),
 }
 #: Lines as in the train.tsv or dev.tsv of GLUE's zip files -> texts and label.
 TRAIN = {
@@ -100,6 +101,7 @@ TEST = {
     "qnli": "index\tquestion\tsentence\n0\tA?\tB?\n",
     "rte": "index\tsentence1\tsentence2\n0\tA?\tB?\n",
     "wnli": "index\tsentence1\tsentence2\n0\tA?\tB?\n",
+    "ax": "index\tsentence1\tsentence2\n0\tA?\tB?\n",
 }
 
 
@@ -162,6 +164,16 @@ def test_the_exports_of_datasets(tmp_path, name):
     assert read(name, path).examples[0].label is None
     with pytest.raises(ValueError, match=r"line 1: column 'label' is -1.*, expected a label"):
         read(name, path, labelled=True)
+
+
+def test_the_diagnostic_pairs_with_and_without_labels(tmp_path):
+    """`diagnostic-full.tsv` has columns of its own, Hugging Face's export -1 for all labels."""
+    path = tmp_path / "diagnostic-full.tsv"
+    path.write_text("Lexical Semantics\tDomain\tPremise\tHypothesis\tLabel\nQuantifiers\tNews\tA.\tB.\tneutral\n")
+    assert said(read("ax", path, split="test", labelled=True)) == [("0", "A.", "B.", "neutral")]
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"premise": "A.", "hypothesis": "B.", "label": -1, "idx": 0}\n')
+    assert said(read("ax", path, split="test")) == [("0", "A.", "B.", None)]
 
 
 def test_qqp_has_rows_that_are_cut(tmp_path):

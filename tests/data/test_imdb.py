@@ -63,6 +63,23 @@ def test_the_folder(tmp_path):
         read("imdb", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_delimiter": ";"}, "has no columns with labels, which 'label_delimiter' could be about"),
+        ({"no_label": -1}, "has no columns with labels, which 'no_label' could be about"),
+        ({"columns": {"text": "review"}}, "has no columns with labels, which 'column text' could be about"),
+        ({"problem": "multi"}, "problem is 'multi', but imdb is 'single'"),
+    ],
+)
+def test_options_that_a_folder_has_no_use_for(tmp_path, keras, options, message):
+    (tmp_path / "train/pos").mkdir(parents=True)
+    for place in (tmp_path / "train", keras() / "imdb.npz"):
+        with pytest.raises(ValueError, match=message):
+            read("imdb", place, **options)
+    assert read("imdb", keras() / "imdb.npz", problem="single").examples
+
+
 def test_rows(tmp_path):
     path = tmp_path / "IMDB Dataset.csv"
     path.write_text('review,sentiment\n"He said ""no"",\nand left.",negative\nGood.,positive\n')

@@ -78,6 +78,23 @@ def test_answers_that_are_not_in_the_context(tmp_path):
     }
 
 
+def test_all_answers_count_in_evaluation(tmp_path):
+    """As SQuAD's scripts score every question of the file by the texts of its answers."""
+    questions = [
+        qa("absent", ("Paris", 13)),
+        qa("one of two", ("Rome", 0), ("Rome", 32)),
+        qa("none", is_impossible=False),
+    ]
+    path = write(tmp_path, squad(*questions))
+    found = read("squad_v2", path, split="validation", labelled=True)
+    assert found.skipped == {}
+    assert [(e.id, e.answers, e.is_impossible) for e in found.examples] == [
+        ("absent", (Answer("Paris", -1),), False),
+        ("one of two", (Answer("Rome", -1), Answer("Rome", 32)), False),
+        ("none", (), True),
+    ]
+
+
 def test_offsets_are_in_characters(tmp_path):
     context = "Łódź 🚂 → Kraków"
     path = write(tmp_path, squad(qa("a", ("Kraków", 9)), context=context))

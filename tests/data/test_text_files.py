@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bert_fast.data.catalogue import read
+from bert_fast.data.classification import NO_LABEL
 from bert_fast.data.examples import TextExample
 
 
@@ -164,3 +165,54 @@ def test_a_score_beyond_any_number(tmp_path):
     path = write(tmp_path, "a.jsonl", '{"text": "a", "score": 1' + 400 * "0" + "}\n")
     with pytest.raises(ValueError, match=r"line 1: column 'score' is 1000.*, expected a number"):
         read("classification", path)
+
+
+def jsonl(tmp_path, *records):
+    return write(tmp_path, "a.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_columns_are_those_of_all_records(tmp_path):
+    path = jsonl(tmp_path, {"text": "one"}, {"text": "two", "label": "b"})
+    assert [example.label for example in read("classification", path).examples] == [None, "b"]
+    assert [example.label for example in read("classification", path, labelled=False).examples] == [None, None]
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1 has no column 'label'; it has: 'text'"):
+        read("classification", path, labelled=True)
+    path = jsonl(tmp_path, {"text": "one", "label": "a"}, {"text": "two", "text_pair": "zwei", "label": "b"})
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1 has no column 'text_pair'; it has: 'text', 'label'"):
+        read("classification", path)
+    path = jsonl(tmp_path, {"text": "one", "rude": 0, "mean": 1}, {"text": "two", "rude": 1})
+    with pytest.raises(ValueError, match=r"line 2 has no column 'mean'; it has: 'text', 'rude'"):
+        read("classification", path, columns={"label": "rude,mean"}, labelled=True)
+    words = jsonl(tmp_path, {"tokens": ["a"]}, {"tokens": ["b"], "tags": ["O"]})
+    assert [example.tags for example in read("tokens", words).examples] == [None, ("O",)]
+    choices = jsonl(tmp_path, {"choices": ["a", "b"]}, {"choices": ["c", "d"], "label": 1})
+    assert [example.label for example in read("multiple_choice", choices).examples] == [None, 1]
+
+
+@pytest.mark.parametrize("label", [-1, -1.0, "-1"])
+def test_minus_one_is_no_label(tmp_path, label):
+    """As Hugging Face has it in the test sets of GLUE."""
+    path = jsonl(tmp_path, {"text": "one", "label": label}, {"text": "two", "label": label})
+    for problem in (None, "single", "regression"):
+        assert [e.label for e in read("classification", path, problem=problem).examples] == [None, None]
+    with pytest.raises(ValueError, match=r"line 1: column 'label' is '?-1.*, expected a label"):
+        read("classification", path, labelled=True)
+    path = jsonl(tmp_path, {"text": "one", "label": 0}, {"text": "two", "label": label}, {"text": "three", "label": 1})
+    with pytest.raises(ValueError, match=r"line 2: column 'label' is '?-1.*no_label=-1 if it does .* no_label=none"):
+        read("classification", path)
+    found = read("classification", path, labelled=True, no_label=-1)
+    assert ([e.label for e in found.examples], found.skipped) == (["0", "1"], {NO_LABEL: 1})
+    assert [e.label for e in read("classification", path, no_label="-1").examples] == ["0", None, "1"]
+    assert {e.label for e in read("classification", path, no_label="none").examples} >= {"0", "1"}
+    assert len({e.label for e in read("classification", path, no_label="none").examples}) == 3
+
+
+def test_minus_one_is_a_number(tmp_path):
+    path = jsonl(tmp_path, {"text": "one", "score": -1}, {"text": "two", "score": 0.5})
+    assert [e.label for e in read("classification", path, labelled=True).examples] == [-1.0, 0.5]
+
+
+def test_a_mark_of_no_label(tmp_path):
+    path = jsonl(tmp_path, {"text": "one", "label": "?"}, {"text": "two", "label": "a"})
+    found = read("classification", path, labelled=True, no_label="?")
+    assert ([e.label for e in found.examples], found.skipped) == (["a"], {NO_LABEL: 1})

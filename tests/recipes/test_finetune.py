@@ -167,7 +167,7 @@ def test_outputs_do_not_depend_on_batches(run):
 def test_int8_says_nearly_the_same(run):
     file = EXAMPLES / "reviews" / "validation.tsv"
     tuned = [predict.load(run.output_dir, device="cpu", precision=precision) for precision in (None, "int8")]
-    parts = [predict.said_of(one, predict.read_split(one, file, labelled=True), progress=False) for one in tuned]
+    parts = [predict.said_of(one, predict.read_split(one, file, labelled=True), progress=False)[0] for one in tuned]
     exact, rounded = ([line["probabilities"]["positive"] for line in part] for part in parts)
     assert exact == pytest.approx(rounded, abs=0.05)
     assert exact != rounded
@@ -181,6 +181,23 @@ def test_a_test_file_needs_no_labels(base, tmp_path):
     assert [line["example"]["label"] for line in said] == [None, None]
     labelled = finetune(settings(base, tmp_path / "other", validation_file=None, test_file="reviews/validation.tsv"))
     assert list(labelled.metrics) == ["test"]
+
+
+def test_the_loss_chooses_the_best_checkpoint(base, tmp_path):
+    chosen = {"metric_for_best_model": "loss", "learning_rate": 0.3, "save_total_limit": None}
+    result = finetune(settings(base, tmp_path / "run", arguments=chosen))
+    logged = [line["eval_loss"] for line in lines(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in line]
+    state = json.loads((tmp_path / "run" / "checkpoint-10" / "trainer_state.json").read_text())
+    assert len(set(logged)) == 2
+    assert state["best_metric"] == min(logged)
+    assert result.metrics["validation"]["loss"] == pytest.approx(min(logged), rel=1e-5)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "eval_loss" in page  # beside that of training
+    files = {"train_file": "pairs/train.tsv", "validation_file": "pairs/validation.tsv"}
+    with pytest.raises(
+        ValueError, match=r"'loss', expected one of pearson, spearman; the loss of this task is that of a"
+    ):
+        finetune(settings(base, tmp_path / "pairs", "embeddings", {**chosen, "max_steps": 1}, **files))
 
 
 QUESTIONS = {"max_seq_length": 128, "doc_stride": 40, "version_2_with_negative": True}
@@ -209,7 +226,11 @@ def test_other_kinds_of_tasks(base, tmp_path, task, folder, ending, options):
     result = finetune(settings(base, tmp_path, task, arguments, **files, **options))
     tuned = predict.load(tmp_path, device="cpu")
     part = predict.read_split(tuned, EXAMPLES / files["validation_file"], "validation", labelled=True)
-    said = {line["id"]: line for line in predict.said_of(tuned, part, progress=False)}
+    predictions, scores = predict.said_of(tuned, part, progress=False)
+    expected = tuned.model(**tuned.task.collator(tuned.model.config)(part.features.inputs)).loss.item()
+    assert ("loss" in scores) == ("loss" in result.metrics["validation"]) == (folder != "pairs")
+    assert scores.get("loss", expected) == pytest.approx(expected, rel=1e-5)  # wherever batches are cut
+    said = {line["id"]: line for line in predictions}
     written = lines(tmp_path / "predictions_validation.jsonl")
     assert len(written) == 16
     for line in written:

@@ -9,6 +9,9 @@ import tiny_checkpoint
 from typer.testing import CliRunner
 
 from bert_fast.cli import app
+from bert_fast.loading import from_pretrained
+from bert_fast.recipes._splits import task_of
+from bert_fast.recipes.finetune import save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:the checkpoint has no weights for this head")
 
@@ -35,7 +38,7 @@ def test_from_files_to_predictions(base, tmp_path):
     assert made.exit_code == 0, made.stderr
     last = made.stdout.splitlines()[-4:]
     assert last[0].startswith("2 steps on 120 examples in ")
-    assert last[1].split() == ["accuracy", "macro_f1"]
+    assert last[1].split() == ["accuracy", "macro_f1", "loss"]
     assert last[2].split()[0] == "validation"
     assert last[3] == f"written: {tmp_path / 'run'}"
     scored = run("evaluate", tmp_path / "run", REVIEWS / "validation.tsv", "--device", "cpu")
@@ -65,6 +68,28 @@ def test_bad_options_are_one_line(base, tmp_path, options, message):
     line = result.stderr.splitlines()[-1]
     assert line.startswith("bert-fast: ")
     assert message in line
+
+
+def test_a_model_of_mnli_answers_the_diagnostic_pairs(base, tmp_path):
+    task = task_of("mnli", {"problem": "single"})
+    model = from_pretrained(base, task.head, config=task.config())
+    save_model(tmp_path, model, base, task)
+    (tmp_path / "results.json").write_text('{"task": "mnli"}')
+    pairs = tmp_path / "diagnostic-full.tsv"
+    rows = "".join(f"A {number}.\tB.\t{('neutral', 'entailment')[number % 2]}\n" for number in range(4))
+    pairs.write_text(f"Premise\tHypothesis\tLabel\n{rows}")
+    options = ["--task_name", "ax", "--device", "cpu"]
+    assert run("evaluate", tmp_path, pairs, *options).stdout.splitlines()[1].split() == ["mcc", "loss"]
+    done = run("predict", tmp_path, pairs, *options, "-o", tmp_path / "said.jsonl", "--submission", tmp_path / "glue")
+    assert done.exit_code == 0, done.output
+    lines = (tmp_path / "glue" / "AX.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["index", "0", "1", "2", "3"]
+    for name, message in (
+        ("squad", "squad is question_answering, but the model is for classification"),
+        ("rte", "rte has the label 'not_entailment', which the model has not: entailment, neutral, contradiction"),
+    ):
+        refused = run("evaluate", tmp_path, pairs, "--task_name", name)
+        assert (refused.exit_code, refused.stderr) == (2, f"bert-fast: {message}\n")
 
 
 def test_evaluate_and_predict_refuse_other_folders(base, tmp_path):

@@ -190,6 +190,35 @@ def test_a_run_is_resumed_in_either_phase(place: Path, tmp_path: Path) -> None:
             assert torch.equal(weight, weights[name]), name
 
 
+def test_a_run_is_not_resumed_with_other_data(place: Path, tmp_path: Path) -> None:
+    """What is hidden and how, the seed, the shards: old and new values are named, of all that changed."""
+    options: dict[str, Any] = {"train_file": str(place / "nsp"), "scheme": "subword"}
+    arguments = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    pretrain(settings(place, tmp_path / "run", **options, arguments=arguments))
+    (tmp_path / "run" / "results.json").unlink()
+    other = Options(max_seq_length=24, dupe_factor=1, objective="nsp", masking="dynamic", scheme="whole_word")
+    shards.build([place / "text.txt"], str(place / "tokenizer"), tmp_path / "shards", other, num_workers=1)
+    for change, messages in (
+        ({"scheme": "span"}, ["scheme was subword and is span"]),
+        ({"mlm_probability": 0.2, "max_predictions_per_seq": 9}, ["mlm_probability was 0.15 and is 0.2"]),
+        ({"mlm_probability": 0.2, "max_predictions_per_seq": 9}, ["max_predictions was 20 and is 9"]),
+        ({"arguments": {"seed": 7}}, ["seed was 42 and is 7; seed of the masks was 42 and is 7"]),
+        (
+            {"train_file": str(tmp_path / "shards")},
+            [
+                "max_seq_length of the shards was [32] and is [24]",
+                "scheme of the shards was ['subword'] and is ['whole",
+            ],
+        ),
+        ({"phases": PHASES[1:] * 2}, ["steps of the phases was [] and is [1, 1]"]),
+    ):
+        given = {**options, **change, "arguments": {**arguments, **change.get("arguments", {})}}
+        with pytest.raises(ValueError, match="the run cannot go on where it was") as error:
+            pretrain(settings(place, tmp_path / "run", **given, resume=True))
+        assert all(message in str(error.value) for message in messages), error.value
+    pretrain(settings(place, tmp_path / "run", **options, arguments=arguments, resume=True))
+
+
 def test_phases_have_their_steps_and_lengths(place: Path, tmp_path: Path) -> None:
     phases = (Phase(16, 0.75), Phase(32, 0.25))
     options = {"max_steps": 8, "gradient_accumulation_steps": 2}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from bert_fast.data.catalogue import DATASETS, read
 from bert_fast.recipes.submission import BENCHMARKS, GLUE_FILES, read_predictions, write_submission
 
 
@@ -31,6 +32,22 @@ def test_glue(tmp_path, task, labels, said):
     predictions = [{"id": str(index), "label": label} for index, label in enumerate(labels)]
     rows = "".join(f"{index}\t{label}\n" for index, label in enumerate(said.split()))
     assert written(tmp_path / "new", task, predictions) == {GLUE_FILES[task]: f"index\tprediction\n{rows}"}
+
+
+@pytest.mark.parametrize("task", GLUE_FILES)
+def test_glue_from_its_test_file_to_the_submission(tmp_path, task):
+    """Of all eleven, whatever labels the model says; the numbers are the places of the rows."""
+    name, _, mismatched = task.partition("_")
+    dataset = DATASETS[name]
+    columns = [dataset.columns[0][role] for role in ("text", "text_pair") if role in dataset.columns[0]]
+    rows = "".join("\t".join([str(index), *columns]) + "\n" for index in range(3))
+    split = f"test_{mismatched}" if mismatched else "test"
+    (tmp_path / dataset.splits[split][0]).write_text("\t".join(["index", *columns]) + "\n" + rows)
+    examples = read(name, tmp_path, split=split, labelled=False).examples
+    labels = dataset.labels or (0.5,)
+    said = [{"id": example.id, "label": labels[place % len(labels)]} for place, example in enumerate(examples)]
+    (text,) = written(tmp_path / "new", task, said).values()
+    assert [line.split("\t")[0] for line in text.splitlines()] == ["index", "0", "1", "2"]
 
 
 def test_squad(tmp_path):

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from bert_fast import reference
+from bert_fast import reference, sentence_embedding
 from bert_fast.data.examples import SentencesExample, TextExample
 from bert_fast.embedder import Embedder
 from bert_fast.loading import build, from_pretrained
@@ -305,6 +305,65 @@ def test_a_batch_of_examples_that_differ_is_refused(tokenizer):
     features += task.features(triplets(), tokenizer, labelled=True).inputs[:1]
     with pytest.raises(ValueError, match="feature 2 has 3 texts, not as many as those before it"):
         task.collator(checkpoints.config())(features)
+
+
+def gradients(model, batch):
+    """Of the loss, and the loss; dropout draws the same numbers on every call."""
+    torch.manual_seed(11)
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_mini_batches_change_memory_and_nothing_else(tokenizer, monkeypatch, size):
+    """GradCache: no activations are kept over the whole batch, and the gradients are the same."""
+    task = make_task("embeddings", mini_batch_size=size)
+    task.learn(triplets())
+    batch = batch_of(task, triplets(), tokenizer)
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    cached = checkpoints.model("sentence_embedding", **task.config(), **quiet).double().train()
+    whole = checkpoints.model("sentence_embedding", **make_task("embeddings").config(), **quiet).double().train()
+    for got, expected in zip(gradients(cached, batch), gradients(whole, batch), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    # With dropout: the second pass has the masks of the first one, as one pass that keeps everything has.
+    with_dropout = checkpoints.model("sentence_embedding", **task.config()).train()
+    twice = gradients(with_dropout, batch)
+    monkeypatch.setattr(sentence_embedding, "checkpoint", lambda function, part, **_: function(part))
+    for got, expected in zip(twice, gradients(with_dropout, batch), strict=True):
+        assert torch.equal(got, expected)
+    assert not torch.equal(twice[1], gradients(whole.float(), batch)[1])
+
+
+def test_mini_batches_keep_the_activations_of_one(tokenizer):
+    """Bytes that the forward pass keeps for the backward."""
+    kept = {}
+    for size in (None, 2):
+        task = make_task("embeddings", mini_batch_size=size)
+        model = checkpoints.model("sentence_embedding", **task.config()).train()
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(**batch_of(task, triplets(), tokenizer))
+        weights = {p.data_ptr() for p in model.parameters()}
+        kept[size] = sum(n for place, n in sizes.items() if place not in weights)
+    assert kept[2] < kept[None] / 4
+
+
+def test_impossible_ways_to_contrast(tokenizer):
+    with pytest.raises(ValueError, match="mini_batch_size is 0, expected at least 1"):
+        make_task("embeddings", mini_batch_size=0)
+    with pytest.raises(ValueError, match="gather_across_devices is for multiple_negatives_ranking, but the loss is tr"):
+        make_task("embeddings", loss="triplet", gather_across_devices=True)
+    model = checkpoints.model("sentence_embedding", **make_task("embeddings", mini_batch_size=2).config()).train()
+    padded = {"input_ids": torch.ones(4, 6, dtype=torch.int64), "labels": torch.ones(2)}
+    with pytest.raises(ValueError, match="mini_batch_size is 2, but the batch is padded"):
+        model(**padded, text_ids=torch.arange(4).view(2, 2))
 
 
 def test_targets_of_another_shape_are_refused(tokenizer):

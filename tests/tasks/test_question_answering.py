@@ -289,6 +289,28 @@ def test_scores_and_bad_ids():
         task.metrics(examples, [*said, {"id": "t", "answer": ""}])
 
 
+def test_an_answer_without_a_place_is_scored_but_not_learnt(tokenizer):
+    """Of what is not in its context: the text counts, as in SQuAD's script, and the loss leaves its windows out."""
+    task = small()
+    placed = question(id="p")
+    lost = QuestionExample("q", "where?", placed.context, (Answer("Paris", -1), Answer("the sea", -1)))
+    both = QuestionExample("r", placed.question, placed.context, (Answer("Paris", -1), *placed.answers))
+    features = task.features([placed, lost, both], tokenizer, labelled=True)
+    targets = [[f for f, owner in zip(features.inputs, features.owners, strict=True) if owner == n] for n in range(3)]
+    places = [[(f["start_positions"], f["end_positions"]) for f in own] for own in targets]
+    assert places[1] == [(len(f["input_ids"]),) * 2 for f in targets[1]]
+    assert places[2] == places[0] != places[1]
+    outputs = [(np.zeros(len(f["input_ids"]), np.float32),) * 2 for f in features.inputs]
+    expected = np.mean([np.log(len(f["input_ids"])) for f in targets[0] + targets[2]])
+    assert task.mean_loss(features, outputs) == pytest.approx(expected)
+    only = task.features([lost], tokenizer, labelled=True)
+    assert task.mean_loss(only, [(np.zeros(len(f["input_ids"]), np.float32),) * 2 for f in only.inputs]) is None
+    said = [{"id": id, "answer": "The sea!"} for id in "pqr"]
+    assert task.metrics([lost], said[1:2]) == {"exact_match": 1.0, "f1": 1.0}
+    with pytest.raises(ValueError, match="the answer 'Paris' to question q is not at character -1"):
+        task.learn([lost])
+
+
 @pytest.mark.parametrize(
     ("example", "message"),
     [

@@ -9,11 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiny
 import torch
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
+from bert_fast.modules import BertForSentenceEmbedding
+from bert_fast.sentence_embedding import CONFIG_KEY, EmbeddingSettings, multiple_negatives_ranking
+from bert_fast.tasks.embeddings import SentencesCollator
+from bert_fast.training.batches import PackingCollator
 from bert_fast.training.trainer import Trainer
 
 
@@ -32,6 +37,48 @@ def rows() -> list[dict[str, Any]]:
         count = (index % 2) * (1 + index % 5)
         row["labels"] = [-100] + row["input_ids"][1 : 1 + count] + [-100] * (len(row["input_ids"]) - 1 - count)
     return examples
+
+
+def pairs() -> list[dict[str, Any]]:
+    """Two texts each; some have a text that another one has."""
+    texts = [np.array(row["input_ids"]) for row in tiny.examples()]
+    both = [(texts[i], texts[-1 - i % 7]) for i in range(12)]
+    return [
+        {
+            "input_ids": np.concatenate(pair),
+            "position_ids": np.concatenate([np.arange(len(text)) for text in pair]),
+            "labels": 1.0,
+        }
+        for pair in both
+    ]
+
+
+def sentence_trainer(folder: Path, batch_size: int, **options: Any) -> Trainer:
+    """Of three steps."""
+    torch.manual_seed(7)
+    model = BertForSentenceEmbedding(tiny.config(0.0, extra={CONFIG_KEY: options}))
+    arguments = tiny.arguments(folder, max_steps=3, per_device_train_batch_size=batch_size)
+    return Trainer(model, arguments, train_dataset=pairs(), data_collator=SentencesCollator(PackingCollator()))
+
+
+#: Texts of five examples, of which one process has three and the other two.
+UNEVEN = torch.tensor([[0, 1, 2], [3, 4, 5], [0, 6, 7], [8, 1, 9], [10, 11, 12]])
+
+
+def uneven_vectors() -> torch.Tensor:
+    """(5, 3, 8), equal for equal texts."""
+    table = torch.randn(13, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return table[UNEVEN].requires_grad_()
+
+
+def gather(folder: Path, rank: int) -> None:
+    """The loss of one's own examples among all, and the gradients of one's own vectors of the sum of both losses."""
+    own = slice(0, 3) if rank == 0 else slice(3, 5)
+    vectors = uneven_vectors().detach()[own].requires_grad_()
+    settings = EmbeddingSettings(gather_across_devices=True, symmetric=True)
+    loss = multiple_negatives_ranking(vectors, torch.ones(len(vectors)), UNEVEN[own], settings) * (len(vectors) / 5)
+    loss.backward()
+    torch.save((loss.detach(), vectors.grad), folder / f"gathered-{rank}.pt")
 
 
 class Stream(IterableDataset[dict[str, Any]]):
@@ -59,6 +106,9 @@ def main(folder: Path) -> None:
     Trainer(tiny.masked_lm(), arguments, train_dataset=tiny.examples(), data_collator=tiny.masking()).train()
     arguments = tiny.arguments(folder / "stream", max_steps=2, per_device_train_batch_size=3)
     Trainer(tiny.classifier(0.0), arguments, train_dataset=Stream()).train()
+    options = {"gather_across_devices": True, "mini_batch_size": 3}
+    sentence_trainer(folder / "gathered", 2, **options).train()
+    gather(folder, torch.distributed.get_rank())
     torch.distributed.destroy_process_group()
 
 

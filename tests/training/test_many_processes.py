@@ -53,6 +53,25 @@ def test_two_processes_have_the_losses_and_gradients_of_one(folder: Path, tmp_pa
         torch.testing.assert_close(trained.get_parameter(name), parameter, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_negatives_are_those_of_all_processes(folder: Path, tmp_path: Path) -> None:
+    """Two processes with two examples each, three texts at a time, learn what one with four does."""
+    one = many.sentence_trainer(tmp_path, 4)
+    one.train()
+    expected, lines = ([x for x in read(f / METRICS_FILE) if "loss" in x] for f in (tmp_path, folder / "gathered"))
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], rel=1e-4)
+
+
+def test_vectors_are_gathered_with_their_gradients(folder: Path) -> None:
+    """Unequal many in each process, and texts that both have."""
+    whole = many.uneven_vectors()
+    loss = many.multiple_negatives_ranking(whole, torch.ones(5), many.UNEVEN, many.EmbeddingSettings(symmetric=True))
+    (gradient,) = torch.autograd.grad(loss, whole)
+    parts = [torch.load(folder / f"gathered-{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close(sum(part for part, _ in parts), loss.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat([part for _, part in parts]), gradient, rtol=1e-10, atol=1e-14)
+
+
 def test_two_processes_share_batches_by_tokens(folder: Path) -> None:
     """Every text once in each epoch."""
     last = [line for line in read(folder / "tokens" / METRICS_FILE) if "loss" in line][-1]

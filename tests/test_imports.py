@@ -24,7 +24,8 @@ ALLOWED = {
     "inputs": {"checks", "config", "ragged"},
     "heads": LIGHT,
     "sentence_embedding": LIGHT | {"heads"},
-    "reference": LIGHT | {"heads", "sentence_embedding"},
+    "electra_heads": LIGHT | {"heads", "sentence_embedding"},
+    "reference": LIGHT | {"heads", "electra_heads", "sentence_embedding"},
     "ops": {"kernels", "_C", "ops", "checks"},
     "encoder": LIGHT | {"ops"},
     "engine": LIGHT | {"encoder", "engine", "kernels", "ops", "_C"},
@@ -32,7 +33,8 @@ ALLOWED = {
     "modules": LIGHT
     | {"encoder", "engine", "masked_lm"}
     | {"heads", "reference", "ops", "loading", "sentence_embedding"},
-    "electra": LIGHT | {"encoder", "engine", "masked_lm", "modules"} | {"heads", "reference", "folders", "loading"},
+    "electra": LIGHT | {"encoder", "masked_lm", "modules", "heads", "electra_heads", "loading"},
+    "families": {"config", "electra", "modules", "reference"},
     "drop_in": LIGHT | {"encoder", "engine", "heads", "masked_lm", "modules", "ops"},
 }
 #: These may import everything above them, and of each other what stands here.

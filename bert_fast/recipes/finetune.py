@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from bert_fast import __version__, reference
+from bert_fast import __version__
 from bert_fast.data.catalogue import read, splits_in
 from bert_fast.data.examples import Examples
+from bert_fast.families import model_class
 from bert_fast.folders import resolve
 from bert_fast.heads import Head
 from bert_fast.loading import build, read_config, read_state_dict, replaced, save_pretrained
-from bert_fast.modules import HEADS
 from bert_fast.recipes._splits import Split, beside, make_split, reading, replacing, sampled, task_of, write_predictions
 from bert_fast.recipes.card import write_card
 from bert_fast.recipes.predict import RESULTS_FILE, Collate, read_tokenizer
@@ -256,12 +256,9 @@ def _keep_order(task: Any, config: Any) -> None:
 
 
 def _model(folder: Path, config: Any, task: Task, plain: bool) -> Head:
-    model_class: Any = HEADS[task.head]
-    if plain:
-        model_class = getattr(reference, model_class.__name__)
     fields = replaced(config, task.config())
-    state = read_state_dict(folder)
-    model: Head = build(model_class, fields, state, dtype="float32", new_classifier=True)
+    kind = model_class(fields, task.head, plain=plain)
+    model: Head = build(kind, fields, read_state_dict(folder), dtype="float32", new_classifier=True)
     return model
 
 

@@ -168,7 +168,9 @@ class ElectraConfig(BertConfig):
         is_width = isinstance(self.embedding_size, int) and self.embedding_size > 0
         _require(is_width, self, "embedding_size", "a positive integer")
         known = f"None or one of {', '.join(ACTIVATIONS)}"
-        _require(not self.summary_activation or self.summary_activation in ACTIVATIONS, self, "summary_activation", known)
+        _require(
+            not self.summary_activation or self.summary_activation in ACTIVATIONS, self, "summary_activation", known
+        )
         probability = self.summary_last_dropout
         _require(_is_number(probability) and 0.0 <= probability <= 1.0, self, "summary_last_dropout", "a probability")
 

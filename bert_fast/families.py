@@ -17,18 +17,20 @@ class Family:
     """What a kind of checkpoint is loaded as.
 
     Attributes:
+        title: its name in a sentence.
         config: what its `config.json` holds.
         heads: the fast models by the name of their head; None is the model without one. `reference` has the plain ones
             by the same names of classes.
     """
 
+    title: str
     config: type[BertConfig]
     heads: Mapping[str | None, type[nn.Module]]
 
 
 FAMILIES = {
-    "bert": Family(BertConfig, modules.HEADS),
-    "electra": Family(ElectraConfig, electra.HEADS),
+    "bert": Family("a BERT", BertConfig, modules.HEADS),
+    "electra": Family("an ELECTRA", ElectraConfig, electra.HEADS),
 }
 
 #: What a checkpoint without a `model_type` is.

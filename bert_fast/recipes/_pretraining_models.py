@@ -137,7 +137,7 @@ def _check_family(settings: PretrainSettings, config: BertConfig, what: Any) -> 
     expected = "electra" if settings.objective == "electra" else "bert"
     if config.model_type != expected:
         raise ValueError(
-            f"model_type of {what} is {config.model_type!r}, but objective {settings.objective} trains {expected!r}"
+            f"model_type of {what} is {config.model_type!r}, but objective {settings.objective!r} is for {expected!r}"
         )
 
 

@@ -73,11 +73,16 @@ class ElectraForMaskedLM(ElectraHead):
         if self.config.tie_word_embeddings:
             self.generator_lm_head.weight = self.bert.embeddings.word_embeddings.weight
 
+    def scores(self, rows: Tensor) -> Tensor:
+        """Of every word: (num_rows, hidden_size) -> (num_rows, vocab_size)."""
+        scores: Tensor = self.generator_lm_head(self.generator_predictions(rows))
+        return scores
+
     def read(
         self, encoded: Encoded, labels: Tensor | None, divisor: float | None = None, **targets: Tensor | None
     ) -> LogitsOutput:
         """logits (batch_size, seq_len, vocab_size)."""
-        logits = encoded.pad(self.generator_lm_head(self.generator_predictions(encoded.rows)))
+        logits = encoded.pad(self.scores(encoded.rows))
         loss = None if labels is None else heads.token_loss(logits, labels, encoded, divisor)
         return LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 

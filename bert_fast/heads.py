@@ -214,11 +214,16 @@ class BertForMaskedLM(_PreTrainingHead):
     masked_lm = True
     pooled = False
 
+    def scores(self, rows: Tensor) -> Tensor:
+        """Of every word: (num_rows, hidden_size) -> (num_rows, vocab_size)."""
+        scores: Tensor = self.cls.predictions(rows)
+        return scores
+
     def read(
         self, encoded: Encoded, labels: Tensor | None, divisor: float | None = None, **targets: Tensor | None
     ) -> LogitsOutput:
         """logits (batch_size, seq_len, vocab_size)."""
-        logits = encoded.pad(self.cls.predictions(encoded.rows))
+        logits = encoded.pad(self.scores(encoded.rows))
         loss = None if labels is None else token_loss(logits, labels, encoded, divisor)
         return LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 

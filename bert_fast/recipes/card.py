@@ -42,6 +42,7 @@ KINDS = {
     "multiple_choice": Kind("choosing among texts", "multiple-choice", "AutoModelForMultipleChoice"),
     "embeddings": Kind("vectors of texts", "sentence-similarity", "AutoModel"),
     "pretraining": Kind("filling masks, and fine-tuning", "fill-mask", "AutoModelForMaskedLM"),
+    "discriminator": Kind("finding replaced words, and fine-tuning", "feature-extraction", "AutoModelForPreTraining"),
 }
 
 #: Ids on the Hub of the data sets of the catalogue, and the configurations there; all of GLUE has one id.
@@ -83,7 +84,7 @@ def write_card(folder: str | Path, title: str | None = None) -> Path:
     if not (folder / RESULTS_FILE).is_file():
         raise ValueError(f"{folder} has no {RESULTS_FILE} to write a card from")
     results, config = read_json(folder / RESULTS_FILE), read_json(folder / CONFIG_FILE)
-    name = results.get("kind", "pretraining")
+    name = results.get("kind", "discriminator" if results.get("objective") == "electra" else "pretraining")
     if name not in KINDS or "settings" not in results:
         raise ValueError(f"{folder / RESULTS_FILE} is not what finetune or pretrain leaves: its kind is {name!r}")
     kind, title = KINDS[name], title or folder.resolve().name
@@ -239,6 +240,9 @@ def _loading(name: str, kind: Kind, title: str) -> str:
         parts += [_block("bert_fast", "python", ours), _block("sentence-transformers", "python", theirs)]
     else:
         command = f"bert-fast predict {title} FILE --output predictions.jsonl"
+        if name == "discriminator":
+            command = f"bert-fast finetune --model_name_or_path {title} --task_name classification --train_file FILE"
+            command += " --output_dir OUTPUT"
         if name == "pretraining":
             command = f'bert-fast fill {title} "A text with a [MASK]."'
         theirs = f'model = {kind.auto_class}.from_pretrained("{title}")\n'

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.cases import TrainCase
 from bert_fast.benchmarking import EncoderShape, parse_case, useful_flops
-from bert_fast.heads import IGNORED_LABEL
+from bert_fast.losses import IGNORED_LABEL
 
 #: Batches that transformers' sampler with `group_by_length` sorts by length at a time, where there are so many texts.
 MEGA_BATCH = 50

@@ -13,8 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from bert_fast.disk import written_at_once
-from bert_fast.embedder import Embedder, progress_bar
+from bert_fast.embedder import Embedder
 from bert_fast.lines import decoded, json_text
+from bert_fast.terminal import progress_bar
 from bert_fast.transfer import to_host
 
 STDIN = "-"
@@ -101,7 +102,7 @@ def embed_file(
         started = time.perf_counter()
         num_texts, num_tokens, num_unknown, num_truncated = 0, 0, 0, 0
         _write_header(file, num_texts, embedder.dimension)
-        with progress_bar(None) as progress:
+        with progress_bar() as progress:
             stream = embedder.encode_stream(
                 _chain(first, texts), batch_size=batch_size, normalize_embeddings=normalize, progress=progress.update
             )

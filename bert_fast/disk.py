@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import socket
@@ -11,8 +12,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 LOCK = ".lock"
 
@@ -53,6 +55,30 @@ def written_at_once(path: Path) -> Iterator[IO[Any]]:
         os.replace(writing, path)
     finally:
         writing.unlink(missing_ok=True)
+
+
+@contextmanager
+def text_written_at_once(path: Path) -> Iterator[TextIO]:
+    """The same, for text."""
+    with written_at_once(path) as file:
+        text = TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+        yield text
+        text.detach()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file of JSON that people can read, at once; it is on the disk when this returns."""
+    with text_written_at_once(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    sync(path.parent)
+
+
+def point(link: Path, target: Path) -> None:
+    """Let a symbolic link lead to something below the folder it is in, from one moment to the next."""
+    staging = link.with_name(f".{link.name}.saving")
+    staging.unlink(missing_ok=True)
+    staging.symlink_to(target.relative_to(link.parent))
+    os.replace(staging, link)
 
 
 @contextmanager

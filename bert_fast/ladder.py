@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,15 +178,36 @@ def read_entities(path: str | Path) -> dict[str, str]:
         OSError: the file cannot be read.
     """
     entities: dict[str, str] = {}
+    for where, mention, replacement in _read_mentions(path):
+        if not replacement:
+            raise ValueError(f"{where} is {mention!r}, expected a mention, a tab, and what is read instead")
+        if entities.setdefault(mention, replacement) != replacement:
+            raise ValueError(f"{where} has {mention!r} again, for something else")
+    return entities
+
+
+def read_names(path: str | Path) -> list[str]:
+    """The names of entities from such a file, whose lines need nothing after the mention here.
+
+    Raises:
+        ValueError: a line is not UTF-8 or has several tabs, or there is no name.
+        OSError: the file cannot be read.
+    """
+    names = [mention for _, mention, _ in _read_mentions(path)]
+    if not names:
+        raise ValueError(f"{path} holds no names, one a line")
+    return names
+
+
+def _read_mentions(path: str | Path) -> Iterator[tuple[str, str, str]]:
+    """Where, the mention, and what stands after the tab, if anything; blank lines mean nothing."""
     with open(path, "rb") as file:
         for where, line in decoded(file, str(path)):
-            if line.strip():
-                mention, _, replacement = (part.strip() for part in line.partition("\t"))
-                if not mention or not replacement or "\t" in replacement:
-                    raise ValueError(f"{where} is {line!r}, expected a mention, a tab, and what is read instead")
-                if entities.setdefault(mention, replacement) != replacement:
-                    raise ValueError(f"{where} has {mention!r} again, for something else")
-    return entities
+            mention, _, replacement = (part.strip() for part in line.partition("\t"))
+            if (replacement and not mention) or "\t" in replacement:
+                raise ValueError(f"{where} is {line!r}, expected a mention, a tab, and what is read instead")
+            if mention:
+                yield where, mention, replacement
 
 
 def _cut(tokens: list[_Token], max_length: int | None) -> list[_Token]:

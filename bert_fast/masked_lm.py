@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bert_fast import engine, ops
 from bert_fast.checks import ids_in_range
 from bert_fast.encoder import encode, first_tokens
-from bert_fast.heads import IGNORED_LABEL
+from bert_fast.losses import IGNORED_LABEL
 from bert_fast.ragged import Padding, Ragged
 
 

@@ -73,8 +73,8 @@ class Pretrained(nn.Module):
     """Saving, and trading memory for time, for every class below."""
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the checkpoint folder that `bert_fast.from_pretrained` and transformers read; see `loading`."""
-        from bert_fast.loading import save_pretrained
+        """Write the checkpoint folder that `bert_fast.from_pretrained` and transformers read; see `saving`."""
+        from bert_fast.saving import save_pretrained
 
         save_pretrained(self, directory)
 

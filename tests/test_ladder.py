@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from bert_fast.cli import app
 from bert_fast.embedder import Embedder
 from bert_fast.folders import resolve
-from bert_fast.ladder import Ladder, read_entities
+from bert_fast.ladder import Ladder, read_entities, read_names
 from bert_fast.tokenization import Tokenizer, bert_backend
 from bert_fast.verify import shipped_sentences
 
@@ -203,6 +203,19 @@ def test_entities_of_a_file(tmp_path):
     path = tmp_path / "entities.tsv"
     path.write_bytes("\ufeff☃\tsnowman\r\n\r\n東京 タワー\tTokyo tower\n".encode())
     assert read_entities(path) == {"☃": "snowman", "東京 タワー": "Tokyo tower"}
+    assert read_names(path) == ["☃", "東京 タワー"]
+
+
+def test_names_of_a_file(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_bytes(b"\xef\xbb\xbfNew York\r\n\n city \nIthaca\tanother city\n")
+    assert read_names(path) == ["New York", "city", "Ithaca"]
+    path.write_bytes(b"\n")
+    with pytest.raises(ValueError, match=r"names\.txt holds no names"):
+        read_names(path)
+    path.write_bytes(b"a\n\xff\n")
+    with pytest.raises(ValueError, match=r"names\.txt, line 2 is not UTF-8"):
+        read_names(path)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from bert_fast import modules, reference
 from bert_fast.config import BertConfig
 from bert_fast.folders import resolve
-from bert_fast.loading import build, from_pretrained, read_state_dict, save_pretrained
+from bert_fast.loading import build, from_pretrained, read_state_dict
+from bert_fast.saving import save_pretrained
 
 HEADS = {name: cls.__name__ for name, cls in modules.HEADS.items() if hasattr(transformers, cls.__name__)}
 
@@ -481,7 +482,7 @@ def test_a_file_system_that_cannot_exchange_folders(folder, monkeypatch):
     def refuse(first, second):
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr("bert_fast.loading._exchange", refuse)
+    monkeypatch.setattr("bert_fast.saving._exchange", refuse)
     (folder / "vocab.txt").write_text("mine")
     model = from_pretrained(folder, dtype="float64")
     save_pretrained(model, folder)
@@ -501,7 +502,8 @@ def test_a_killed_save_leaves_the_old_folder_or_the_new_one(tmp_path, exists):
         import torch
         from bert_fast import modules
         from bert_fast.config import BertConfig
-        from bert_fast.loading import from_pretrained, save_pretrained
+        from bert_fast.loading import from_pretrained
+        from bert_fast.saving import save_pretrained
 
         old, new = (modules.BertModel(BertConfig(**{SHAPE!r})) for _ in range(2))
         torch.set_num_threads(1)

@@ -7,8 +7,8 @@ import torch
 
 from bert_fast import BertConfig
 from bert_fast.folders import resolve
-from bert_fast.loading import save_pretrained
 from bert_fast.modules import BertModel
+from bert_fast.saving import save_pretrained
 from bert_fast.tokenization import Tokenizer
 
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -44,8 +45,11 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="a
 BatchSize = Annotated[int, typer.Option(min=1, help="Below 32: smaller runs of the model; above: larger on a GPU.")]
 TextField = Annotated[
     str | None,
-    typer.Option(help="Key of the text in JSON lines, which a .jsonl file has.", show_default="text"),
+    typer.Option(
+        help="Key of the text in JSON lines; given, it makes any file such, not only .jsonl.", show_default="text"
+    ),
 ]
+Entities = Annotated[Path | None, typer.Option(help="Lines of a mention, a tab, and what to read where it is unknown.")]
 
 
 def group(name: str, help: str) -> typer.Typer:

@@ -1,4 +1,4 @@
-"""Flags of `bert_fast.training.TrainingArguments`, which the commands that train take besides their own."""
+"""Options of how models are trained, which several commands share, and the flags of `TrainingArguments` besides."""
 
 from __future__ import annotations
 
@@ -6,7 +6,44 @@ import argparse
 import difflib
 import os
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+TRAINING = "How it is trained"
+
+
+def training_option(name: str, help: str, **options: Any) -> Any:
+    """An option among those of how a model is trained."""
+    return typer.Option(name, help=help, rich_help_panel=TRAINING, **options)
+
+
+Checkpoint = Annotated[
+    str, typer.Option("--model_name_or_path", help="What to start from: a folder, a Hub id, or demo.")
+]
+OutputDir = Annotated[Path, typer.Option("--output_dir", help="Where the model and all about it goes.")]
+NumTrainEpochs = Annotated[float, training_option("--num_train_epochs", "Times through the training data.")]
+LearningRate = Annotated[float, training_option("--learning_rate", "The highest; published: 2e-5, 3e-5, 5e-5.")]
+TrainBatchSize = Annotated[
+    int, training_option("--per_device_train_batch_size", "Examples of a batch, packed without padding.", min=1)
+]
+MaxTrainSamples = Annotated[
+    int | None, training_option("--max_train_samples", "Use so many training examples only.", min=1)
+]
+MaxEvalSamples = Annotated[int | None, training_option("--max_eval_samples", "The same of validation and test.", min=1)]
+Resume = Annotated[
+    str | None,
+    training_option(
+        "--resume_from_checkpoint", "true goes on where the last whole checkpoint was saved, if there is one."
+    ),
+]
+Plain = Annotated[bool, training_option("--plain", "Plain PyTorch with padding, to compare with.")]
+
+
+def training_arguments(context: typer.Context, **named: Any) -> dict[str, Any]:
+    """What was given of `TrainingArguments`: by options of the command, None for not given, and by other flags."""
+    return {name: value for name, value in named.items() if value is not None} | training_options(context.args)
 
 
 def training_options(extra: Sequence[str]) -> dict[str, Any]:

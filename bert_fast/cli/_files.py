@@ -9,6 +9,16 @@ import typer
 
 FILES = "Files and their columns (found by their usual names if not given)"
 
+TestFile = Annotated[
+    str | None,
+    typer.Option("--test_file", help="Predicted at the end, and scored if labelled.", rich_help_panel=FILES),
+]
+DataDir = Annotated[
+    str | None,
+    typer.Option(
+        "--data_dir", help="Folder of a data set as it is handed out, in place of files.", rich_help_panel=FILES
+    ),
+]
 TextColumn = Annotated[str | None, typer.Option("--text_column", help="Of the (first) text.", rich_help_panel=FILES)]
 PairColumn = Annotated[
     str | None,
@@ -40,16 +50,18 @@ def read_columns(
 ) -> dict[str, str]:
     """Role -> column, from the options above."""
     named = {"text": text, "text_pair": text_pair, "label": label}
-    return {role: name for role, name in named.items() if name is not None} | read_pairs("--column", others)
+    return {role: name for role, name in named.items() if name is not None} | read_pairs(
+        "--column", others, "ROLE=NAME"
+    )
 
 
-def read_pairs(flag: str, given: list[str] | None) -> dict[str, str]:
-    """NAME=VALUE, several times."""
+def read_pairs(flag: str, given: list[str] | None, form: str = "NAME=VALUE") -> dict[str, str]:
+    """What stands before and after the equals sign, several times."""
     pairs = {}
     for word in given or ():
         name, equals, value = word.partition("=")
         if not (name and equals and value):
-            raise ValueError(f"{flag} is {word!r}, expected NAME=VALUE")
+            raise ValueError(f"{flag} is {word!r}, expected {form}")
         pairs[name] = value
     return pairs
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bert_fast.cli._app import DATA, command
+from bert_fast.cli._app import DATA, TextField, command
 
 
 @command(into=DATA)
@@ -59,11 +59,13 @@ def pretrain(
         ),
     ] = "tokenizer",
     entities: Annotated[
-        Path | None, typer.Option(help="A file of names, one a line: the tokens of a name count as one word.")
+        Path | None,
+        typer.Option(
+            help="Names whose tokens count as one word, one a line; of a line with a tab, as bert-fast embed reads it, "
+            "what stands before."
+        ),
     ] = None,
-    text_field: Annotated[
-        str | None, typer.Option(help="Key of the text in JSON lines; makes any file one.", show_default="text")
-    ] = None,
+    text_field: TextField = None,
     split_sentences: Annotated[
         bool, typer.Option("--split-sentences", help="Cut lines that hold several sentences, after . ! ? and a space.")
     ] = False,

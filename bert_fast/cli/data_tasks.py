@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Annotated
 
 import typer
 
 from bert_fast.cli._app import DATA, command
+from bert_fast.cli._files import read_pairs
 
 
 @command(into=DATA)
@@ -50,28 +50,21 @@ def show(
     examples: Annotated[int, typer.Option("--examples", "-n", min=0, help="How many are printed.")] = 3,
 ) -> None:
     """Read a file as training would; print its first examples, how often each label comes, and what was left out."""
+    from bert_fast import terminal
     from bert_fast.data.catalogue import read
     from bert_fast.data.describe import describe_examples
 
-    columns = dict(_role(word) for word in column or ())
     found = read(
         task,
         file,
         split=split,
-        columns=columns,
+        columns=read_pairs("--column", column, "ROLE=NAME"),
         problem=problem,
         label_delimiter=label_delimiter,
         iob1=iob1,
         max_score=max_score,
     )
     text = describe_examples(found, examples)
-    width = shutil.get_terminal_size().columns if typer.get_text_stream("stdout").isatty() else None
+    width = terminal.columns()
     for line in text.splitlines():
         print(line if width is None or len(line) <= width else f"{line[: width - 1]}…")
-
-
-def _role(word: str) -> tuple[str, str]:
-    role, equals, name = word.partition("=")
-    if not (role and equals and name):
-        raise ValueError(f"--column is {word!r}, expected ROLE=NAME")
-    return role, name

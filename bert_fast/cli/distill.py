@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bert_fast.cli._app import command
+from bert_fast.cli._arguments import (
+    LearningRate,
+    MaxEvalSamples,
+    MaxTrainSamples,
+    NumTrainEpochs,
+    OutputDir,
+    Resume,
+    TrainBatchSize,
+    print_once,
+    resume,
+    training_arguments,
+    training_option,
+)
 from bert_fast.cli._files import (
     Column,
+    DataDir,
     LabelColumn,
     PairColumn,
     ReadOption,
+    TestFile,
     TextColumn,
     read_columns,
     read_options,
@@ -20,26 +34,21 @@ from bert_fast.cli._files import (
 
 STUDENT = "The student (one of these)"
 LOSS = "What it learns"
-TRAINING = "How it is trained"
 
 
 @command(extra_arguments=True)
 def distill(
     context: typer.Context,
     teacher: Annotated[str, typer.Option("--teacher", help="The folder that bert-fast finetune left.")],
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the student and all about it goes.")],
+    output_dir: OutputDir,
     train_file: Annotated[
         str | None, typer.Option("--train_file", help="What the teacher says is learnt on these examples.")
     ] = None,
     validation_file: Annotated[
         str | None, typer.Option("--validation_file", help="What both are scored on; the best epoch is kept.")
     ] = None,
-    test_file: Annotated[
-        str | None, typer.Option("--test_file", help="Predicted at the end; scored if labelled.")
-    ] = None,
-    data_dir: Annotated[
-        str | None, typer.Option("--data_dir", help="Folder of the teacher's data set, in place of files.")
-    ] = None,
+    test_file: TestFile = None,
+    data_dir: DataDir = None,
     text_column: TextColumn = None,
     text_pair_column: PairColumn = None,
     label_column: LabelColumn = None,
@@ -84,47 +93,29 @@ def distill(
     ] = 2.0,
     teacher_precision: Annotated[
         str | None,
-        typer.Option(
+        training_option(
             "--teacher_precision",
-            help="What the teacher computes in: fp32, bf16, int8.",
+            "What the teacher computes in: fp32, bf16, int8.",
             show_default="that of its weights",
-            rich_help_panel=TRAINING,
         ),
     ] = None,
-    num_train_epochs: Annotated[
-        float, typer.Option("--num_train_epochs", help="Times through the file.", rich_help_panel=TRAINING)
-    ] = 3.0,
-    learning_rate: Annotated[
-        float, typer.Option("--learning_rate", help="The highest one.", rich_help_panel=TRAINING)
-    ] = 5e-5,
-    per_device_train_batch_size: Annotated[
-        int, typer.Option("--per_device_train_batch_size", min=1, help="Examples of a batch.", rich_help_panel=TRAINING)
-    ] = 32,
-    max_train_samples: Annotated[
-        int | None, typer.Option("--max_train_samples", min=1, help="At most so many.", rich_help_panel=TRAINING)
-    ] = None,
-    max_eval_samples: Annotated[
-        int | None, typer.Option("--max_eval_samples", min=1, help="At most so many.", rich_help_panel=TRAINING)
-    ] = None,
-    resume_from_checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--resume_from_checkpoint", help="true goes on from the last checkpoint.", rich_help_panel=TRAINING
-        ),
-    ] = None,
+    num_train_epochs: NumTrainEpochs = 3.0,
+    learning_rate: LearningRate = 5e-5,
+    per_device_train_batch_size: TrainBatchSize = 32,
+    max_train_samples: MaxTrainSamples = None,
+    max_eval_samples: MaxEvalSamples = None,
+    resume_from_checkpoint: Resume = None,
 ) -> None:
     """Train a smaller student on what a fine-tuned teacher says; print what that costs and gains.
 
     Any option of TrainingArguments may follow, as --seed 1, --bf16 true, --max_tokens_per_batch 4096.
     """
-    from bert_fast.cli._arguments import print_once, resume, training_options
-
-    arguments = {
-        "num_train_epochs": num_train_epochs,
-        "learning_rate": learning_rate,
-        "per_device_train_batch_size": per_device_train_batch_size,
-        **training_options(context.args),
-    }
+    arguments = training_arguments(
+        context,
+        num_train_epochs=num_train_epochs,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=per_device_train_batch_size,
+    )
 
     from bert_fast.recipes.distill import DistillSettings
     from bert_fast.recipes.distill import distill as run

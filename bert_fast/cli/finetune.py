@@ -8,26 +8,37 @@ from typing import Annotated, Any
 import typer
 
 from bert_fast.cli._app import Device, Precision, command
+from bert_fast.cli._arguments import (
+    Checkpoint,
+    LearningRate,
+    MaxEvalSamples,
+    MaxTrainSamples,
+    NumTrainEpochs,
+    OutputDir,
+    Plain,
+    Resume,
+    TrainBatchSize,
+    print_once,
+    resume,
+    training_arguments,
+    training_option,
+)
 from bert_fast.cli._files import (
-    FILES,
     Column,
+    DataDir,
     LabelColumn,
     PairColumn,
     ReadOption,
+    TestFile,
     TextColumn,
     read_columns,
     read_options,
 )
 
-SIZE = "How it is trained"
 KINDS = "For single kinds of tasks (if not given: as the data set has it, or as published)"
 
 FineTunedModel = Annotated[str, typer.Argument(metavar="MODEL", help="A folder that bert-fast finetune left.")]
 Split = Annotated[str, typer.Option(help="Which part, where FILE is the folder of a data set.")]
-
-
-def _size(name: str, help: str, **options: Any) -> Any:
-    return typer.Option(name, help=help, rich_help_panel=SIZE, **options)
 
 
 def _kind(name: str, help: str, **options: Any) -> Any:
@@ -39,9 +50,7 @@ def _kind(name: str, help: str, **options: Any) -> Any:
 @command(extra_arguments=True)
 def finetune(
     context: typer.Context,
-    model_name_or_path: Annotated[
-        str, typer.Option("--model_name_or_path", help="What to start from: a folder, a Hub id, or demo.")
-    ],
+    model_name_or_path: Checkpoint,
     task_name: Annotated[
         str,
         typer.Option(
@@ -50,49 +59,36 @@ def finetune(
             "a data set: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, squad, squad_v2, conll2003, swag, imdb.",
         ),
     ],
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the model and all about it goes.")],
+    output_dir: OutputDir,
     train_file: Annotated[
         str | None, typer.Option("--train_file", help="What is learnt from: csv, tsv, jsonl, json, parquet, txt.")
     ] = None,
     validation_file: Annotated[
         str | None, typer.Option("--validation_file", help="What it is scored on; the best epoch is kept.")
     ] = None,
-    test_file: Annotated[
-        str | None,
-        typer.Option("--test_file", help="Predicted at the end, labelled or not.", rich_help_panel=FILES),
-    ] = None,
-    data_dir: Annotated[
-        str | None,
-        typer.Option(
-            "--data_dir", help="Folder of a data set as it is handed out, in place of files.", rich_help_panel=FILES
-        ),
-    ] = None,
+    test_file: TestFile = None,
+    data_dir: DataDir = None,
     text_column: TextColumn = None,
     text_pair_column: PairColumn = None,
     label_column: LabelColumn = None,
     column: Column = None,
     read_option: ReadOption = None,
-    num_train_epochs: Annotated[float, _size("--num_train_epochs", "Times through the training file.")] = 3.0,
-    learning_rate: Annotated[float, _size("--learning_rate", "The highest; published: 2e-5, 3e-5, 5e-5.")] = 5e-5,
-    per_device_train_batch_size: Annotated[
-        int, _size("--per_device_train_batch_size", "Examples of a batch, packed without padding.", min=1)
-    ] = 32,
+    num_train_epochs: NumTrainEpochs = 3.0,
+    learning_rate: LearningRate = 5e-5,
+    per_device_train_batch_size: TrainBatchSize = 32,
     max_seq_length: Annotated[
         int | None,
-        _size("--max_seq_length", "Tokens of a text; longer ones are cut.", show_default="128, or the data set's"),
+        training_option(
+            "--max_seq_length", "Tokens of a text; longer ones are cut.", show_default="128, or the data set's"
+        ),
     ] = None,
     early_stopping_patience: Annotated[
-        int | None, _size("--early_stopping_patience", "End after so many evaluations without gain.", min=1)
+        int | None, training_option("--early_stopping_patience", "End after so many evaluations without gain.", min=1)
     ] = None,
-    max_train_samples: Annotated[int | None, _size("--max_train_samples", "Use so many examples only.", min=1)] = None,
-    max_eval_samples: Annotated[
-        int | None, _size("--max_eval_samples", "The same of validation and test.", min=1)
-    ] = None,
-    resume_from_checkpoint: Annotated[
-        str | None,
-        _size("--resume_from_checkpoint", "true goes on where the last whole checkpoint was saved, if there is one."),
-    ] = None,
-    plain: Annotated[bool, _size("--plain", "Plain PyTorch with padding, to compare with.")] = False,
+    max_train_samples: MaxTrainSamples = None,
+    max_eval_samples: MaxEvalSamples = None,
+    resume_from_checkpoint: Resume = None,
+    plain: Plain = False,
     problem: Annotated[
         str | None, _kind("--problem", "Classification: single, multi (several labels), regression.")
     ] = None,
@@ -124,14 +120,12 @@ def finetune(
     Any option of TrainingArguments may follow, as --seed 1, --bf16 true, --max_tokens_per_batch 4096, --freeze encoder.
     With several processes: torchrun --nproc_per_node 2 -m bert_fast.cli finetune ...
     """
-    from bert_fast.cli._arguments import print_once, resume, training_options
-
-    arguments = {
-        "num_train_epochs": num_train_epochs,
-        "learning_rate": learning_rate,
-        "per_device_train_batch_size": per_device_train_batch_size,
-        **training_options(context.args),
-    }
+    arguments = training_arguments(
+        context,
+        num_train_epochs=num_train_epochs,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=per_device_train_batch_size,
+    )
     options = {
         "max_seq_length": max_seq_length,
         "problem": problem,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bert_fast.cli._app import BatchSize, Device, Dtype, Model, Precision, TextField, command
+from bert_fast.cli._app import BatchSize, Device, Dtype, Entities, Model, Precision, TextField, command
 
 
 @command()
@@ -25,9 +24,7 @@ def embed(
     unknown: Annotated[
         str, typer.Option(help="Words without pieces in the vocabulary: unk, or characters to spell them.")
     ] = "unk",
-    entities: Annotated[
-        Path | None, typer.Option(help="Lines of a mention, a tab, and what to read where it is unknown.")
-    ] = None,
+    entities: Entities = None,
     dtype: Dtype = None,
     precision: Precision = None,
     device: Device = None,
@@ -67,14 +64,14 @@ def search(
     """Print the lines of a file that are nearest in meaning to each query."""
     from bert_fast.bulk import format_hits, nearest, read_texts
     from bert_fast.embedder import Embedder
+    from bert_fast.terminal import columns
 
     lines = [(number, text) for number, text in enumerate(read_texts(corpus, text_field), 1) if text.strip()]
     if not lines:
         raise ValueError(f"{corpus} holds no text to search")
     embedder = Embedder(model, dtype=dtype, precision=precision, device=device)
     hits = nearest(embedder, [text for _, text in lines], query, top_k, batch_size)
-    width = os.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(format_hits(query, hits, lines, width))
+    print(format_hits(query, hits, lines, columns()))
 
 
 @command()

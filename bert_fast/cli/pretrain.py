@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from bert_fast.cli._app import TextField, command
+from bert_fast.cli._arguments import (
+    NumTrainEpochs,
+    OutputDir,
+    Plain,
+    Resume,
+    TrainBatchSize,
+    print_once,
+    resume,
+    training_arguments,
+    training_option,
+)
 
 MODEL = "The model"
-SIZE = "How it is trained"
 MASKS = "What is hidden (if not given: as the shards say; for text what is shown)"
 ELECTRA = "For ELECTRA"
 
@@ -19,7 +28,7 @@ def _option(panel: str) -> Any:
     return lambda name, help, **options: typer.Option(name, help=help, rich_help_panel=panel, **options)
 
 
-_model, _size, _mask, _electra = map(_option, (MODEL, SIZE, MASKS, ELECTRA))
+_model, _mask, _electra = map(_option, (MODEL, MASKS, ELECTRA))
 
 
 @command(extra_arguments=True)
@@ -33,7 +42,7 @@ def pretrain(
             "line between documents.",
         ),
     ],
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the model and all about it goes.")],
+    output_dir: OutputDir,
     objective: Annotated[
         str,
         typer.Option(
@@ -81,22 +90,21 @@ def pretrain(
         str, _model("--initialization", "Of fresh weights: normal, or truncated_normal as Google's.")
     ] = "normal",
     max_steps: Annotated[
-        int | None, _size("--max_steps", "Steps of the optimiser.", min=1, show_default="by epochs")
+        int | None, training_option("--max_steps", "Steps of the optimiser.", min=1, show_default="by epochs")
     ] = None,
-    num_train_epochs: Annotated[float, _size("--num_train_epochs", "Times through the text.")] = 3.0,
+    num_train_epochs: NumTrainEpochs = 3.0,
     learning_rate: Annotated[
-        float | None, _size("--learning_rate", "The highest.", show_default="1e-4, for ELECTRA 5e-4")
+        float | None, training_option("--learning_rate", "The highest.", show_default="1e-4, for ELECTRA 5e-4")
     ] = None,
-    per_device_train_batch_size: Annotated[
-        int, _size("--per_device_train_batch_size", "Texts of a batch, packed without padding.", min=1)
-    ] = 32,
+    per_device_train_batch_size: TrainBatchSize = 32,
     max_tokens_per_batch: Annotated[
-        int | None, _size("--max_tokens_per_batch", "As many texts as fit into so many tokens instead.", min=1)
+        int | None,
+        training_option("--max_tokens_per_batch", "As many texts as fit into so many tokens instead.", min=1),
     ] = None,
-    max_seq_length: Annotated[int, _size("--max_seq_length", "Tokens of a text.")] = 128,
+    max_seq_length: Annotated[int, training_option("--max_seq_length", "Tokens of a text.")] = 128,
     phase: Annotated[
         list[str] | None,
-        _size(
+        training_option(
             "--phase",
             "A part of the run instead, of FRACTION of its steps, on FILE or the same text; as BERT's: "
             "--phase 128:0.9 --phase 512:0.1. Needs --max_steps.",
@@ -104,13 +112,10 @@ def pretrain(
         ),
     ] = None,
     nsp_weight: Annotated[
-        float, _size("--nsp_weight", "What the second loss of nsp and sop is multiplied by.", min=0)
+        float, training_option("--nsp_weight", "What the second loss of nsp and sop is multiplied by.", min=0)
     ] = 1.0,
-    resume_from_checkpoint: Annotated[
-        str | None,
-        _size("--resume_from_checkpoint", "true goes on where the last whole checkpoint was saved, if there is one."),
-    ] = None,
-    plain: Annotated[bool, _size("--plain", "Plain PyTorch with padding, to compare with.")] = False,
+    resume_from_checkpoint: Resume = None,
+    plain: Plain = False,
     mlm_probability: Annotated[
         float | None, _mask("--mlm_probability", "Part of the tokens.", show_default="0.15")
     ] = None,
@@ -147,20 +152,14 @@ def pretrain(
     Any option of TrainingArguments may follow, as --seed 1, --bf16 true, --gradient_accumulation_steps 8.
     With several processes: torchrun --nproc_per_node 2 -m bert_fast.cli pretrain ...
     """
-    from bert_fast.cli._arguments import print_once, resume, training_options
-
-    arguments: dict[str, Any] = {
-        "num_train_epochs": num_train_epochs,
-        "per_device_train_batch_size": per_device_train_batch_size,
-        **training_options(context.args),
-    }
-    for name, value in (
-        ("max_steps", max_steps),
-        ("learning_rate", learning_rate),
-        ("max_tokens_per_batch", max_tokens_per_batch),
-    ):
-        if value is not None:
-            arguments[name] = value
+    arguments = training_arguments(
+        context,
+        max_steps=max_steps,
+        num_train_epochs=num_train_epochs,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=per_device_train_batch_size,
+        max_tokens_per_batch=max_tokens_per_batch,
+    )
 
     from bert_fast.recipes.pretrain import Phase, PretrainSettings
     from bert_fast.recipes.pretrain import pretrain as run

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from bert_fast.cli._app import command
+from bert_fast.cli._arguments import Checkpoint, MaxEvalSamples, MaxTrainSamples, training_arguments
 from bert_fast.cli._files import (
     Column,
+    DataDir,
     LabelColumn,
     PairColumn,
     ReadOption,
@@ -26,9 +28,7 @@ SEARCH = "What is searched"
 @command("search-hparams", extra_arguments=True)
 def search_hparams(
     context: typer.Context,
-    model_name_or_path: Annotated[
-        str, typer.Option("--model_name_or_path", help="What to start from: a folder, a Hub id, or demo.")
-    ],
+    model_name_or_path: Checkpoint,
     task_name: Annotated[
         str, typer.Option("--task_name", help="A data set or a kind of task, as bert-fast finetune takes it.")
     ],
@@ -37,7 +37,7 @@ def search_hparams(
     validation_file: Annotated[
         str | None, typer.Option("--validation_file", help="What says which trial is the best.")
     ] = None,
-    data_dir: Annotated[str | None, typer.Option("--data_dir", help="Folder of a data set, in place of files.")] = None,
+    data_dir: DataDir = None,
     text_column: TextColumn = None,
     text_pair_column: PairColumn = None,
     label_column: LabelColumn = None,
@@ -49,10 +49,8 @@ def search_hparams(
             "--task_option", metavar="NAME=VALUE", help="Of the task, as max_seq_length=64; may be given several times."
         ),
     ] = None,
-    max_train_samples: Annotated[
-        int | None, typer.Option("--max_train_samples", min=1, help="At most so many.")
-    ] = None,
-    max_eval_samples: Annotated[int | None, typer.Option("--max_eval_samples", min=1, help="At most so many.")] = None,
+    max_train_samples: MaxTrainSamples = None,
+    max_eval_samples: MaxEvalSamples = None,
     vary: Annotated[
         list[str] | None,
         typer.Option(
@@ -109,9 +107,7 @@ def search_hparams(
     The same command again goes on with a search that was interrupted. Any option of TrainingArguments may follow, and
     is the same in all trials.
     """
-    from bert_fast.cli._arguments import training_options
-
-    arguments = training_options(context.args)
+    arguments = training_arguments(context)
     space = _space(vary, space_file)
 
     from bert_fast.recipes.finetune import FinetuneSettings

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bert_fast.cli._app import Model, TextField, command, group
+from bert_fast.cli._app import Entities, Model, TextField, command, group
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,15 +112,16 @@ def extend(
     With a corpus, the other words that are cut differently from now on are counted.
     """
     from bert_fast.folders import refuse_existing
+    from bert_fast.terminal import progress_bar
     from bert_fast.vocabulary.extension import changes, costly_words, extended
     from bert_fast.vocabulary.extension import extend as extend_checkpoint
-    from bert_fast.vocabulary.words import count_words, shown, tokenizer_of
+    from bert_fast.vocabulary.words import count_words, tokenizer_of
 
     if words is None and not corpus:
         raise ValueError("neither --words nor --corpus says which words to add")
     refuse_existing(output)
     backend = tokenizer_of(model).backend
-    counts = count_words(shown(Lines(corpus or [], text_field), "counting words"), backend)
+    counts = count_words(progress_bar(Lines(corpus or [], text_field), what="counting words", unit=" lines"), backend)
     if words is not None:
         chosen = list(Lines([str(words)], None))
     else:
@@ -168,18 +169,17 @@ def report(
     tokenizer: Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a tokenizer, a Hub id, or demo.")],
     files: Files,
     text_field: TextField = None,
-    entities: Annotated[
-        Path | None, typer.Option(help="Lines of a mention, a tab, and what to read where it is unknown.")
-    ] = None,
+    entities: Entities = None,
     num_words: Annotated[int, typer.Option(min=1, help="Words in each list.")] = 20,
 ) -> None:
     """Say how well a vocabulary fits a text: [UNK], pieces per word, the words that cost most."""
     from bert_fast.ladder import read_entities
+    from bert_fast.terminal import progress_bar
     from bert_fast.vocabulary.report import measure
-    from bert_fast.vocabulary.words import shown, tokenizer_of
+    from bert_fast.vocabulary.words import tokenizer_of
 
     known = None if entities is None else read_entities(entities)
-    texts = shown(Lines(files, text_field), "reading")
+    texts = progress_bar(Lines(files, text_field), what="reading", unit=" lines")
     _print_report(measure(tokenizer_of(tokenizer), texts, entities=known, num_words=num_words))
 
 

@@ -17,7 +17,7 @@ from bert_fast.data.glue import read_glue
 from bert_fast.data.imdb import read_reviews
 from bert_fast.data.multiple_choice import read_choices
 from bert_fast.data.questions import read_questions
-from bert_fast.data.sentences import read_sentences
+from bert_fast.data.sentences import read_text_tuples
 from bert_fast.data.tables import open_table
 from bert_fast.data.tokens import read_tokens
 
@@ -219,7 +219,7 @@ KINDS: Mapping[str, tuple[Reader, tuple[str, ...]]] = {
     "tokens": (read_tokens, ("iob1",)),
     "question_answering": (read_questions, ()),
     "multiple_choice": (read_choices, ()),
-    "embeddings": (read_sentences, ("max_score",)),
+    "embeddings": (read_text_tuples, ("max_score",)),
 }
 
 

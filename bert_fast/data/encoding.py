@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,6 @@ import tokenizers
 from numpy.typing import NDArray
 
 from bert_fast.folders import read_json, resolve
-from bert_fast.lines import decoded
 from bert_fast.tokenization import SPECIAL_TOKENS, Tokenizer
 
 #: The tokenizer of pre-training data, in their folder.
@@ -26,7 +24,7 @@ WORDS = ("tokenizer", "spaces")
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class TokenizerVocabulary:
     """A tokenizer, and its special tokens.
 
     Attributes:
@@ -40,7 +38,7 @@ class Vocabulary:
     ids: dict[str, int]
 
     @classmethod
-    def read(cls, model: str) -> Vocabulary:
+    def read(cls, model: str) -> TokenizerVocabulary:
         """Of a model: a folder, a Hub id, or `demo`.
 
         Raises:
@@ -97,7 +95,7 @@ class Encoder:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, *, words: str, entities: Sequence[str] = (), marked: bool = True
+        self, vocabulary: TokenizerVocabulary, *, words: str, entities: Sequence[str] = (), marked: bool = True
     ) -> None:
         self.backend = tokenizers.Tokenizer.from_str(vocabulary.text)
         self.backend.encode_special_tokens = True
@@ -144,16 +142,3 @@ class Encoder:
                     continues[place + 1 : stop] = True
                     done = stop
                     break
-
-
-def read_entities(path: Path) -> list[str]:
-    """Names, one a line; blank lines mean nothing.
-
-    Raises:
-        ValueError: a line is not UTF-8, or there is no name.
-    """
-    with path.open("rb") as file:
-        names = [line.strip() for _, line in decoded(file, str(path)) if line.strip()]
-    if not names:
-        raise ValueError(f"{path} holds no names, one a line")
-    return names

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bert_fast.data.corpus import Corpus
 from bert_fast.data.counters import Uniforms
-from bert_fast.data.encoding import WORDS, Vocabulary
+from bert_fast.data.encoding import WORDS, TokenizerVocabulary
 from bert_fast.data.masking import SCHEMES, Masking
 from bert_fast.data.segments import OBJECTIVES, Segment, full_sentences, pairs
 
@@ -115,7 +115,7 @@ class Maker:
         vocabulary: of its tokens.
     """
 
-    def __init__(self, folder: Path, options: Options, vocabulary: Vocabulary) -> None:
+    def __init__(self, folder: Path, options: Options, vocabulary: TokenizerVocabulary) -> None:
         self.corpus, self.options, self.vocabulary = Corpus(folder), options, vocabulary
         self.masking = Masking(
             vocab_size=vocabulary.size,

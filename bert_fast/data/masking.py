@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: `bert_fast.heads.IGNORED_LABEL`, without loading torch, which the processes that make shards do not need.
+#: `bert_fast.losses.IGNORED_LABEL`, without loading torch, which the processes that make shards do not need.
 IGNORED_LABEL = -100
 
 #: What is chosen together. `entity` is `whole_word` over ids in which a name of several words is one.
@@ -139,7 +139,7 @@ class Masking:
         chosen = np.zeros(len(word_ids), bool)
         ends = lengths.cumsum()
         for start, stop, count in zip((ends - lengths).tolist(), ends.tolist(), counts.tolist(), strict=True):
-            words = Words(word_ids[start:stop])
+            words = WordSpans(word_ids[start:stop])
             scores = draws[0, start:stop]
             if self.scheme == "span":
                 picked = choose_spans(scores, draws[3, start:stop], words, count)
@@ -152,7 +152,7 @@ class Masking:
         return chosen
 
 
-class Words:
+class WordSpans:
     """Where the words of one text are.
 
     Args:
@@ -179,7 +179,7 @@ class Words:
 
 
 def choose_ngrams(
-    scores: NDArray[np.float64], draws: NDArray[np.float64] | None, words: Words, count: int
+    scores: NDArray[np.float64], draws: NDArray[np.float64] | None, words: WordSpans, count: int
 ) -> list[int]:
     """Words in a row that have at most `count` tokens together, from google-research/albert.
 
@@ -209,7 +209,7 @@ def choose_ngrams(
     return list(chosen)
 
 
-def choose_spans(scores: NDArray[np.float64], draws: NDArray[np.float64], words: Words, count: int) -> list[int]:
+def choose_spans(scores: NDArray[np.float64], draws: NDArray[np.float64], words: WordSpans, count: int) -> list[int]:
     """The same with spans, which may go over words that are chosen already, from facebookresearch/SpanBERT."""
     chosen: dict[int, None] = {}
     wanted = _lengths(draws, SPAN_SHARES)

@@ -18,7 +18,7 @@ LAYOUTS: tuple[Columns, ...] = (
 TARGETS = ("score", "similarity")
 
 
-def read_sentences(request: Request, *, max_score: float = 1.0) -> Examples:
+def read_text_tuples(request: Request, *, max_score: float = 1.0) -> Examples:
     """The pairs or triplets of a file.
 
     Args:

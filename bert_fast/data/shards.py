@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,11 +22,13 @@ import numpy as np
 
 from bert_fast import disk
 from bert_fast.data.corpus import Corpus, write_corpus
-from bert_fast.data.encoding import TOKENIZER, Encoder, Vocabulary, read_entities
+from bert_fast.data.encoding import TOKENIZER, Encoder, TokenizerVocabulary
 from bert_fast.data.instances import BATCH, Columns, Maker, Options
 from bert_fast.data.pretraining import FORMAT, MANIFEST, read_manifest
 from bert_fast.data.text import find_files, read_sentences
 from bert_fast.data.workers import in_order
+from bert_fast.ladder import read_names
+from bert_fast.terminal import progress_bar
 
 #: What is made on the way, and taken away at the end.
 BUILDING = ".building"
@@ -70,7 +71,8 @@ def build(
         tokenizer: a model: a folder, a Hub id, or `demo`.
         output: the folder.
         options: what is made.
-        entities: a file of names, one a line, whose tokens are hidden together; for the schemes that go by words.
+        entities: a file of names, as `ladder.read_names` takes it, whose tokens are hidden together; for the schemes
+            that go by words.
         num_workers: processes; if it is not given as many as there are processors, fewer for little text. The data do
             not depend on it. They are started afresh, so that a script has to be under `if __name__ == "__main__":`.
 
@@ -88,10 +90,10 @@ def build(
         raise ValueError("the scheme entity needs a file of entities")
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"num_workers is {num_workers}, expected at least 1")
-    files, vocabulary, folder = find_files(inputs), Vocabulary.read(tokenizer), Path(output)
+    files, vocabulary, folder = find_files(inputs), TokenizerVocabulary.read(tokenizer), Path(output)
     worth = 1 + sum(path.stat().st_size for path in files) // BYTES_PER_WORKER
     workers = num_workers or min(len(os.sched_getaffinity(0)), worth)
-    names = () if entities is None else tuple(read_entities(Path(entities)))
+    names = () if entities is None else tuple(read_names(entities))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, expected a folder")
     for given in map(Path, inputs):
@@ -145,7 +147,7 @@ def write_shard(maker: Maker, folder: Path, shard: Shard) -> dict[str, Any]:
                 writer.close()
         entry = {"file": shard.name, "size": path.stat().st_size, "sha256": disk.checksum(path), **counts}
         disk.sync(folder)
-        _write_json(_entry_file(folder, shard), entry)
+        disk.write_json(_entry_file(folder, shard), entry)
         return entry
 
 
@@ -157,7 +159,7 @@ def _record_batch(columns: Columns) -> Any:
     return pa.RecordBatch.from_pydict(arrays | {name: pa.array(v) for name, v in columns.per_instance.items()})
 
 
-def _begin(folder: Path, plan: dict[str, Any], vocabulary: Vocabulary) -> Path:
+def _begin(folder: Path, plan: dict[str, Any], vocabulary: TokenizerVocabulary) -> Path:
     """The folder of what is made on the way, with the plan in it: this one, or the same one of an earlier run."""
     building = folder / BUILDING
     if (building / PLAN).is_file():
@@ -167,7 +169,7 @@ def _begin(folder: Path, plan: dict[str, Any], vocabulary: Vocabulary) -> Path:
     else:
         shutil.rmtree(building, ignore_errors=True)  # of a run that ended before its plan was there, or while tidying
         building.mkdir()
-        _write_json(building / PLAN, plan)
+        disk.write_json(building / PLAN, plan)
     with disk.written_at_once(folder / TOKENIZER) as file:  # after the plan, without which it would be a stranger's
         file.write(vocabulary.text.encode())
     return building
@@ -179,7 +181,7 @@ def _tokenize(
     """All text; ValueError if there is too little of it."""
     read = partial(read_sentences, text_field=options.text_field, split_sentences=options.split_sentences)
     sentences = (sentence for path in files for sentence in read(path))
-    with _bar("tokenize", " sentences", None) as bar:
+    with progress_bar(what="tokenising", unit=" sentences", unit_scale=True) as bar:
         part = options.shard_tokens
         for count in write_corpus(building, sentences, encoder, unknown, num_workers=workers, part=part):
             bar.update(count)
@@ -193,7 +195,7 @@ def _tokenize(
         )
 
 
-def _make(folder: Path, options: Options, vocabulary: Vocabulary, workers: int) -> list[dict[str, Any]]:
+def _make(folder: Path, options: Options, vocabulary: TokenizerVocabulary, workers: int) -> list[dict[str, Any]]:
     """All shards that are not there yet; what is in each, in order."""
     corpus = Corpus(folder / BUILDING)
     parts = corpus.parts(options.shard_tokens)
@@ -205,7 +207,8 @@ def _make(folder: Path, options: Options, vocabulary: Vocabulary, workers: int) 
     entries = {shard: _entry(folder, shard) for shard in shards}
     missing = [shard for shard, entry in entries.items() if entry is None]
     maker = partial(Maker, folder / BUILDING, options, vocabulary)
-    with _bar("make shards", " tokens", options.dupe_factor * corpus.counts.tokens) as bar:
+    total = options.dupe_factor * corpus.counts.tokens
+    with progress_bar(total=total, what="making shards", unit=" tokens", unit_scale=True) as bar:
         bar.update(sum(corpus.num_tokens(shard.first, shard.last) for shard in shards if entries[shard]))
         work = partial(_write_shard, folder)
         for shard, entry in in_order(work, missing, min(workers, max(len(missing), 1)), maker):
@@ -224,7 +227,7 @@ def _finish(folder: Path, plan: dict[str, Any], entries: list[dict[str, Any]]) -
     for name in ("num_instances", "num_tokens", "num_predictions", "num_label_1"):
         counts[name] = sum(entry[name] for entry in entries)
     manifest = {**plan, "statistics": counts, "batch_size": BATCH, "shards": entries}
-    _write_json(folder / MANIFEST, manifest)
+    disk.write_json(folder / MANIFEST, manifest)
     return manifest
 
 
@@ -236,7 +239,8 @@ def _tidy(folder: Path) -> None:
 
 
 def _fingerprints(files: Sequence[Path]) -> list[dict[str, Any]]:
-    with _bar("check the text", "B", sum(path.stat().st_size for path in files)) as bar:
+    size = sum(path.stat().st_size for path in files)
+    with progress_bar(total=size, what="checking the text", unit="B", unit_scale=True) as bar:
         return [
             {"file": str(path), "size": path.stat().st_size, "sha256": disk.checksum(path, bar.update)}
             for path in files
@@ -271,12 +275,6 @@ def _entry(folder: Path, shard: Shard) -> dict[str, Any] | None:
     return entry if path.stat().st_size == entry["size"] else None
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with disk.written_at_once(path) as file:
-        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-    disk.sync(path.parent)
-
-
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
     """Says of a full disk what to do."""
@@ -287,10 +285,3 @@ def _explained(folder: Path) -> Iterator[None]:
             raise
         advice = "what is finished stays, and the same command goes on from there"
         raise OSError(error.errno, f"{os.strerror(error.errno)}; {advice}", str(folder)) from error
-
-
-def _bar(what: str, unit: str, total: int | None) -> Any:
-    from tqdm import tqdm
-
-    show = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(desc=what, unit=unit, unit_scale=True, total=total, disable=not show)

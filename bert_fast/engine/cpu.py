@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bert_fast import ops
 from bert_fast.activation import GELU_FORMS
-from bert_fast.encoder import encode, first_tokens, projection
+from bert_fast.encoder import encode, first_tokens, has_matrix_unit, projection
 from bert_fast.inputs import BertInputs, TableSizes
 from bert_fast.ragged import Padding, Ragged
 
@@ -158,8 +158,8 @@ class TorchEngine(OpByOp):
 
 
 def prefers_torch(precision: str) -> bool:
-    """Whether torch's products are faster here than packed ones: bf16 on a CPU with AMX."""
-    return precision == "bf16" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    """Whether torch's products are faster on this CPU than packed ones."""
+    return precision == "bf16" and has_matrix_unit()
 
 
 def _pad(run: PackedEngine | OpByOp, inputs: BertInputs, want_states: bool) -> tuple[Tensor, Tensor, list[Tensor]]:

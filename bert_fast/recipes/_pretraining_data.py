@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset
 
 from bert_fast import disk
 from bert_fast.data import shards
-from bert_fast.data.encoding import Vocabulary
+from bert_fast.data.encoding import TokenizerVocabulary
 from bert_fast.data.instances import Options
 from bert_fast.data.pretraining import MANIFEST, ShardDataset
 from bert_fast.data.text import find_files, read_documents
@@ -86,7 +86,9 @@ def holds_out(settings: PretrainSettings) -> bool:
     return settings.validation_file is not None or is_split
 
 
-def read_corpus(settings: PretrainSettings, phases: Sequence[Phase], tokenizer: Path, vocabulary: Vocabulary) -> Corpus:
+def read_corpus(
+    settings: PretrainSettings, phases: Sequence[Phase], tokenizer: Path, vocabulary: TokenizerVocabulary
+) -> Corpus:
     """Open the shards of all phases; make them below `output_dir/data` where text was given.
 
     Text without a `validation_file` is split by documents: every n-th one is held out. Shards are not split, as a
@@ -169,7 +171,7 @@ def _split(settings: PretrainSettings, texts: dict[str, list[str]], data: Path, 
 
 
 def _checked(
-    dataset: ShardDataset, settings: PretrainSettings, vocabulary: Vocabulary, max_seq_length: int
+    dataset: ShardDataset, settings: PretrainSettings, vocabulary: TokenizerVocabulary, max_seq_length: int
 ) -> ShardDataset:
     """The shards, if a model of this vocabulary can learn the objective from them."""
     folder, options = dataset.folder, dataset.manifest["options"]
@@ -213,7 +215,11 @@ class _PaddedPacking(PackingCollator):
 
 
 def make_collator(
-    settings: PretrainSettings, options: dict[str, Any], vocabulary: Vocabulary, seed: int, max_position_embeddings: int
+    settings: PretrainSettings,
+    options: dict[str, Any],
+    vocabulary: TokenizerVocabulary,
+    seed: int,
+    max_position_embeddings: int,
 ) -> Callable[..., dict[str, Any]]:
     """What makes batches of shards with these options; what the settings say of masks goes before what those say.
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_fast import heads, loading, reference
+from bert_fast import heads, loading, reference, saving
 from bert_fast.config import BertConfig, ElectraConfig
-from bert_fast.data.encoding import Vocabulary
+from bert_fast.data.encoding import TokenizerVocabulary
 from bert_fast.electra import ElectraPretraining
 from bert_fast.families import make_config, model_class
-from bert_fast.folders import read_json, resolve
+from bert_fast.folders import copy_tokenizer, read_json, resolve
 
 if TYPE_CHECKING:
     from bert_fast.recipes.pretrain import PretrainSettings
@@ -37,14 +36,11 @@ HEADS = {"mlm": "masked_lm", "nsp": "pre_training", "sop": "pre_training"}
 #: How fresh weights are drawn: transformers' way, and Google's.
 INITIALIZATIONS = ("normal", "truncated_normal")
 
-#: What makes the tokenizer of a checkpoint folder.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
-
 #: Rows that a table of embeddings may have beyond the tokens: tables are padded to multiples of up to 128.
 SPARE_ROWS = 127
 
 
-def make_model(settings: PretrainSettings, vocabulary: Vocabulary) -> Any:
+def make_model(settings: PretrainSettings, vocabulary: TokenizerVocabulary) -> Any:
     """The model of these settings, in float32, with fresh weights where it has no others.
 
     Raises:
@@ -59,7 +55,7 @@ def make_model(settings: PretrainSettings, vocabulary: Vocabulary) -> Any:
     return model
 
 
-def _fresh(settings: PretrainSettings, vocabulary: Vocabulary) -> Any:
+def _fresh(settings: PretrainSettings, vocabulary: TokenizerVocabulary) -> Any:
     if settings.initialization not in INITIALIZATIONS:
         known = ", ".join(INITIALIZATIONS)
         raise ValueError(f"initialization is {settings.initialization!r}, expected one of {known}")
@@ -80,7 +76,7 @@ def _fresh(settings: PretrainSettings, vocabulary: Vocabulary) -> Any:
     return model
 
 
-def _config(settings: PretrainSettings, vocabulary: Vocabulary) -> BertConfig:
+def _config(settings: PretrainSettings, vocabulary: TokenizerVocabulary) -> BertConfig:
     """The shape by name or from a file, with what the vocabulary says; the discriminator's for ELECTRA."""
     name, is_electra = settings.config_name, settings.objective == "electra"
     if name is None:
@@ -141,7 +137,7 @@ def _check_family(settings: PretrainSettings, config: BertConfig, what: Any) -> 
         )
 
 
-def _check_sizes(vocabulary: Vocabulary, config: BertConfig, settings: PretrainSettings) -> None:
+def _check_sizes(vocabulary: TokenizerVocabulary, config: BertConfig, settings: PretrainSettings) -> None:
     if not 0 <= config.vocab_size - vocabulary.size <= SPARE_ROWS:
         what = settings.model_name_or_path or settings.config_name
         raise ValueError(
@@ -160,11 +156,9 @@ def save(model: Any, tokenizer: Path, output_dir: Path) -> None:
         model.save_pretrained(output_dir)
         folders.append(output_dir / "generator")
     else:
-        loading.save_pretrained(model, output_dir)
+        saving.save_pretrained(model, output_dir)
     for folder in folders:
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).is_file() and (tokenizer / name).resolve() != (folder / name).resolve():
-                shutil.copyfile(tokenizer / name, folder / name)
+        copy_tokenizer(tokenizer, folder)
 
 
 def describe(model: Any) -> dict[str, Any]:

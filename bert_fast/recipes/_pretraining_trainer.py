@@ -94,7 +94,7 @@ class PretrainingTrainer(Trainer):
                 self.collate_held_out,
                 max_tokens=max(budget for budget, _ in self.budgets),
                 seed=self.args.seed,
-                progress=self.is_world_process_zero() and not self.args.disable_tqdm,
+                progress=None if self.is_world_process_zero() and not self.args.disable_tqdm else False,
                 share=(self.args.world_size, self.args.process_index),
                 total=self._total,
             )

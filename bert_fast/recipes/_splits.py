@@ -5,18 +5,16 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from bert_fast.data.catalogue import DATASETS
 from bert_fast.data.examples import ChoiceExample, Example, Examples, QuestionExample, TextExample, TokensExample
-from bert_fast.disk import written_at_once
+from bert_fast.disk import text_written_at_once
 from bert_fast.tasks._task import Features, Prediction, Task
 from bert_fast.tasks.registry import TASKS, make_task
 from bert_fast.tokenization import Tokenizer
@@ -93,15 +91,6 @@ def is_labelled(example: Example) -> bool:
     return not isinstance(example, QuestionExample) or bool(example.answers) or example.is_impossible
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
-    """A text file that takes its place when it is whole, in one step; if writing fails, the old one stays."""
-    with written_at_once(path) as file:
-        text = TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-        yield text
-        text.detach()
-
-
 def beside(examples: Iterable[Any], predictions: Iterable[Prediction]) -> list[Prediction]:
     """The predictions, each with its example."""
     return [{**said, "example": dataclasses.asdict(e)} for e, said in zip(examples, predictions, strict=True)]
@@ -110,7 +99,7 @@ def beside(examples: Iterable[Any], predictions: Iterable[Prediction]) -> list[P
 def write_predictions(path: Path, lines: Sequence[Prediction]) -> None:
     """Write predictions as JSON lines, or as a table by the ending `.csv` or `.tsv`; ValueError for another one."""
     check_format(path)
-    with replacing(path) as file:
+    with text_written_at_once(path) as file:
         if path.suffix == ".jsonl":
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             return

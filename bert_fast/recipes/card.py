@@ -12,9 +12,9 @@ from bert_fast import disk
 from bert_fast.data.catalogue import DATASETS
 from bert_fast.families import DEFAULT, family
 from bert_fast.folders import CONFIG_FILE, DEMO, read_json
+from bert_fast.recipes._runs import RESULTS_FILE
 
 CARD_FILE = "README.md"
-RESULTS_FILE = "results.json"
 
 #: What the Hub calls the checkpoint behind `demo`.
 DEMO_ID = "sentence-transformers/all-MiniLM-L6-v2"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bert_fast import disk
 from bert_fast.benchmarking import markdown_table
 from bert_fast.data.catalogue import read
 from bert_fast.families import make_config
@@ -22,9 +21,10 @@ from bert_fast.folders import read_json, resolve
 from bert_fast.heads import Head
 from bert_fast.loading import from_pretrained
 from bert_fast.recipes import finetune
-from bert_fast.recipes._splits import Split, beside, make_split, reading, replacing, sampled, write_predictions
+from bert_fast.recipes._runs import RESULTS_FILE
+from bert_fast.recipes._splits import Split, beside, make_split, reading, sampled, write_predictions
 from bert_fast.recipes.card import write_card
-from bert_fast.recipes.predict import RESULTS_FILE, FineTuned, load, read_tokenizer, run
+from bert_fast.recipes.predict import FineTuned, load, read_tokenizer, run
 from bert_fast.recipes.report import write_report
 from bert_fast.recipes.students import OF_THE_TASK, shallower, student_of
 from bert_fast.tasks._task import Features
@@ -82,7 +82,7 @@ class DistillSettings:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ComparedModel:
     """A model beside another: its shape, its scores (split -> metric -> value), and texts a second."""
 
     layers: int
@@ -106,8 +106,8 @@ class DistillResult:
 
     output_dir: Path
     main_metric: str
-    teacher: Measured
-    student: Measured
+    teacher: ComparedModel
+    student: ComparedModel
     num_timed: int
     seconds: float
 
@@ -157,12 +157,7 @@ def distill(settings: DistillSettings) -> DistillResult:
         attention=settings.attention_weight,
     )
     splits = _splits(settings, finetuning, tuned, args.seed)
-    held_out = next((split for name, split in splits.items() if name.startswith("validation")), None)
-    if held_out is not None and not held_out.labelled:
-        raise ValueError("the validation file has examples without labels, and cannot say which checkpoint is the best")
-    main_metric = tuned.task.main_metric if held_out is None else tuned.task.metric_for(held_out.examples)
-    if held_out is not None and "metric_for_best_model" not in settings.arguments:
-        args.metric_for_best_model, args.greater_is_better = main_metric, True
+    held_out, main_metric = finetune.choose_by(splits, tuned.task, args, settings.arguments)
 
     transformers.set_seed(args.seed)
     student: Any = _student(settings, tuned)
@@ -177,10 +172,7 @@ def distill(settings: DistillSettings) -> DistillResult:
         validation=held_out,
         collate=tuned.task.collator(student.config),
     )
-    start = time.perf_counter()
-    trainer.train(settings.resume or None)
-    seconds = time.perf_counter() - start
-    told = finetune.told_of_training(trainer, splits["train"], seconds)
+    train = finetune.train_on(splits["train"], trainer, settings.resume)
 
     metrics: dict[str, dict[str, dict[str, float]]] = {"teacher": {}, "student": {}}
     for name, split in splits.items():
@@ -195,23 +187,11 @@ def distill(settings: DistillSettings) -> DistillResult:
         if trainer.is_world_process_zero():
             write_predictions(output_dir / f"predictions_{name}.jsonl", beside(split.examples, predictions))
     timed = _few((held_out or splits["train"]).features)
-    speeds = _texts_per_second(tuned, student, timed)
-    measured = {
-        name: Measured(
-            layers=model.config.num_hidden_layers,
-            hidden_size=model.config.hidden_size,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            metrics=metrics[name],
-            texts_per_second=speeds[name],
-        )
-        for name, model in (("teacher", tuned.model), ("student", student))
-    }
-    result = DistillResult(
-        output_dir, main_metric, measured["teacher"], measured["student"], len(timed.inputs), seconds
-    )
+    both = _compared(tuned, student, metrics, timed)
+    result = DistillResult(output_dir, main_metric, *both, len(timed.inputs), train["seconds"])
     if trainer.is_world_process_zero():
         finetune.save_model(output_dir, student, tuned.folder, tuned.task)
-        finetune.write_results(output_dir, finetuning, tuned.task, main_metric, metrics["student"], told)
+        finetune.write_results(output_dir, finetuning, tuned.task, main_metric, metrics["student"], train)
         _add_to_results(output_dir / RESULTS_FILE, settings, result)
         write_report(output_dir)
         write_card(output_dir)
@@ -283,6 +263,25 @@ def _few(features: Features) -> Features:
     return Features([features.inputs[place] for place in places], features.owners[places])
 
 
+def _compared(
+    tuned: FineTuned, student: Any, metrics: Mapping[str, dict[str, dict[str, float]]], timed: Features
+) -> tuple[ComparedModel, ComparedModel]:
+    """The teacher and the student beside each other."""
+    speeds = _texts_per_second(tuned, student, timed)
+    models: Mapping[str, Any] = {"teacher": tuned.model, "student": student}
+    teacher, other = (
+        ComparedModel(
+            layers=model.config.num_hidden_layers,
+            hidden_size=model.config.hidden_size,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            metrics=metrics[name],
+            texts_per_second=speeds[name],
+        )
+        for name, model in models.items()
+    )
+    return teacher, other
+
+
 def _texts_per_second(tuned: FineTuned, student: Head, features: Features) -> dict[str, float]:
     """Of both models, timed in turns."""
     models: Mapping[str, Any] = {"teacher": tuned.model, "student": student}
@@ -305,6 +304,4 @@ def _add_to_results(file: Path, settings: DistillSettings, result: DistillResult
         "student": dataclasses.asdict(result.student),
         "num_timed": result.num_timed,
     }
-    with replacing(file) as stream:
-        json.dump(results, stream, indent=1, ensure_ascii=False)
-        stream.write("\n")
+    disk.write_json(file, results)

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from bert_fast import sentence_folder
-from bert_fast.folders import CONFIG_FILE, read_json, resolve
+from bert_fast import disk, sentence_folder
+from bert_fast.folders import CONFIG_FILE, TOKENIZER_FILES, new_folder, read_json, refuse_existing, resolve
 from bert_fast.loading import DTYPES, read_state_dict
-from bert_fast.recipes.card import CARD_FILE, RESULTS_FILE, write_card
+from bert_fast.recipes._runs import RESULTS_FILE
+from bert_fast.recipes.card import CARD_FILE, write_card
 from bert_fast.tasks.registry import TASK_FILE
+from bert_fast.training.checkpoints import STATE_FILE
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 SENTENCE_FILES = (*sentence_folder.FILES, "config_sentence_transformers.json")
-
-#: transformers' trainer leaves it in a checkpoint of a run.
-STATE_FILE = "trainer_state.json"
 
 
 def export(
@@ -52,18 +48,14 @@ def export(
     if max_shard_size is not None and not re.fullmatch(r"\d+(KB|MB|GB)", max_shard_size):
         raise ValueError(f"max_shard_size is {max_shard_size!r}, expected a number of KB, MB or GB, as 500MB")
     folder, output = resolve(source), Path(output).expanduser().resolve()
-    if output.exists():
-        raise ValueError(f"{output} is there already: choose another folder")
+    refuse_existing(output)
     config, state = read_json(folder / CONFIG_FILE), read_state_dict(folder)
     is_checkpoint = (folder / STATE_FILE).is_file()
     around = folder.parent if is_checkpoint else folder
     beside = next((place for place in (folder, around) if _has_tokenizer(place)), None)
     if beside is None:
         raise ValueError(f"{folder} has no tokenizer{', nor has the folder it is in' if is_checkpoint else ''}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    building = output.with_name(f".{output.name}.{uuid.uuid4().hex}.saving")
-    building.mkdir()
-    try:
+    with new_folder(output) as building:
         _write_weights(building, config, state, dtype, max_shard_size)
         for place, names in ((beside, TOKENIZER_FILES), (folder, SENTENCE_FILES), (around, (TASK_FILE,))):
             for name in names:
@@ -73,13 +65,10 @@ def export(
         if (around / RESULTS_FILE).is_file():
             results = read_json(around / RESULTS_FILE)
             results = _of_its_step(results, read_json(folder / STATE_FILE)) if is_checkpoint else results
-            (building / RESULTS_FILE).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+            disk.write_json(building / RESULTS_FILE, results)
             write_card(building, output.name)
         elif (folder / CARD_FILE).is_file():
             shutil.copyfile(folder / CARD_FILE, building / CARD_FILE)
-        os.rename(building, output)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return output
 
 

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bert_fast import __version__
+from bert_fast import disk
 from bert_fast.data.catalogue import read, splits_in
 from bert_fast.data.examples import Examples
 from bert_fast.families import model_class
-from bert_fast.folders import resolve
+from bert_fast.folders import copy_tokenizer, resolve
 from bert_fast.heads import Head
-from bert_fast.loading import build, read_config, read_state_dict, replaced, save_pretrained
-from bert_fast.recipes._splits import Split, beside, make_split, reading, replacing, sampled, task_of, write_predictions
+from bert_fast.loading import build, read_config, read_state_dict, replaced
+from bert_fast.recipes._runs import RESULTS_FILE, training_arguments, versions
+from bert_fast.recipes._splits import Split, beside, make_split, reading, sampled, task_of, write_predictions
 from bert_fast.recipes.card import write_card
-from bert_fast.recipes.predict import RESULTS_FILE, Collate, read_tokenizer
+from bert_fast.recipes.predict import Collate, read_tokenizer
 from bert_fast.recipes.report import write_report
+from bert_fast.saving import save_pretrained
 from bert_fast.tasks._batches import PaddingCollator
 from bert_fast.tasks._task import Task
 from bert_fast.tasks.registry import TASK_FILE, save_task
 from bert_fast.tokenization import Tokenizer
-
-#: Files of a checkpoint that make its tokenizer.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 
 
 @dataclass
@@ -144,12 +138,7 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
     splits = {"train": make_split("train", found, task, tokenizer)}
     for name, source in sources.items():
         splits[name] = make_split(name, _read(settings, task, name, source, args.seed), task, tokenizer)
-    held_out = next((split for name, split in splits.items() if name.startswith("validation")), None)
-    if held_out is not None and not held_out.labelled:
-        raise ValueError("the validation file has examples without labels, and cannot say which checkpoint is the best")
-    main_metric = task.main_metric if held_out is None else task.metric_for(held_out.examples)
-    if held_out is not None and "metric_for_best_model" not in settings.arguments:
-        args.metric_for_best_model, args.greater_is_better = main_metric, True
+    held_out, main_metric = choose_by(splits, task, args, settings.arguments)
 
     transformers.set_seed(args.seed)
     model: Any = _model(folder, config, task, settings.plain)
@@ -160,10 +149,7 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
     if settings.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
 
-    start = time.perf_counter()
-    trainer.train(settings.resume or None)
-    seconds = time.perf_counter() - start
-    train = told_of_training(trainer, splits["train"], seconds)
+    train = train_on(splits["train"], trainer, settings.resume)
 
     metrics: dict[str, dict[str, float]] = {}
     for name, split in splits.items():
@@ -180,7 +166,7 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
         write_report(output_dir)
         write_card(output_dir)
     trainer.accelerator.wait_for_everyone()
-    return FinetuneResult(output_dir, metrics, main_metric, seconds, train)
+    return FinetuneResult(output_dir, metrics, main_metric, train["seconds"], train)
 
 
 def check_output_dir(output_dir: Path, resume: bool | str) -> None:
@@ -191,24 +177,19 @@ def check_output_dir(output_dir: Path, resume: bool | str) -> None:
 
 def arguments_of(settings: FinetuneSettings) -> Any:
     """`TrainingArguments`: what was given, then what suits fine-tuning."""
-    from bert_fast.training import TrainingArguments
-
     given = settings.arguments
     has_validation = any(split.startswith("validation") for split in sources_of(settings))
     evaluates = given.get("eval_strategy", "epoch" if has_validation else "no")
-    defaults: dict[str, Any] = {
+    suited: dict[str, Any] = {
         "eval_strategy": evaluates,
         "save_strategy": evaluates if has_validation else "epoch",
-        "save_total_limit": 2,  # the best and the last
         "logging_steps": 0.05,
-        "report_to": "none",
-        "dataloader_pin_memory": torch.cuda.is_available(),
     }
     if "eval_steps" in given:
-        defaults["save_steps"] = given["eval_steps"]
-    saves = given.get("save_strategy", defaults["save_strategy"])
-    defaults["load_best_model_at_end"] = has_validation and "no" not in (str(evaluates), str(saves))
-    return TrainingArguments(settings.output_dir, **{**defaults, **given})
+        suited["save_steps"] = given["eval_steps"]
+    saves = given.get("save_strategy", suited["save_strategy"])
+    suited["load_best_model_at_end"] = has_validation and "no" not in (str(evaluates), str(saves))
+    return training_arguments(settings.output_dir, suited, given)
 
 
 def sources_of(settings: FinetuneSettings) -> dict[str, str]:
@@ -262,8 +243,30 @@ def _model(folder: Path, config: Any, task: Task, plain: bool) -> Head:
     return model
 
 
-def told_of_training(trainer: Any, split: Split, seconds: float) -> dict[str, Any]:
-    """What `FinetuneResult.train` has."""
+def choose_by(splits: Mapping[str, Split], task: Task, args: Any, given: Mapping[str, Any]) -> tuple[Split | None, str]:
+    """What says which checkpoint is the best: the validation examples, if there are any, and the metric of them.
+
+    The metric goes into `args`, unless another one was given.
+
+    Raises:
+        ValueError: they have no labels.
+    """
+    held_out = next((split for name, split in splits.items() if name.startswith("validation")), None)
+    if held_out is None:
+        return None, task.main_metric
+    if not held_out.labelled:
+        raise ValueError("the validation file has examples without labels, and cannot say which checkpoint is the best")
+    main_metric = task.metric_for(held_out.examples)
+    if "metric_for_best_model" not in given:
+        args.metric_for_best_model, args.greater_is_better = main_metric, True
+    return held_out, main_metric
+
+
+def train_on(split: Split, trainer: Any, resume: bool | str) -> dict[str, Any]:
+    """Train, and say what `FinetuneResult.train` has."""
+    start = time.perf_counter()
+    trainer.train(resume or None)
+    seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
         "steps": trainer.state.global_step,
@@ -276,9 +279,7 @@ def told_of_training(trainer: Any, split: Split, seconds: float) -> dict[str, An
 
 def save_model(output_dir: Path, model: Any, source: Path, task: Task) -> None:
     """The model, its tokenizer and its task, so that the folder is a checkpoint of its own."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, output_dir / name)
+    copy_tokenizer(source, output_dir)
     save_task(task, output_dir)
     save_pretrained(model, output_dir)
 
@@ -292,8 +293,6 @@ def write_results(
     train: Mapping[str, Any],
 ) -> None:
     """Write `results.json`, which the report and the model card are made of."""
-    import transformers
-
     results = {
         "task": settings.task,
         "kind": task.kind,
@@ -303,13 +302,6 @@ def write_results(
         "main_metric": main_metric,
         "metrics": metrics,
         "train": train,
-        "versions": {
-            "bert_fast": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
-    with replacing(output_dir / RESULTS_FILE) as file:
-        json.dump(results, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+    disk.write_json(output_dir / RESULTS_FILE, results)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from bert_fast import heads
+from bert_fast import heads, losses
 from bert_fast.electra import ElectraPretraining
+from bert_fast.terminal import progress_bar
 from bert_fast.training.batches import TokenBudgetSampler
 from bert_fast.training.masking import IndexedDataset
 
@@ -28,7 +28,7 @@ def held_out_scores(
     *,
     max_tokens: int,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = False,
     share: tuple[int, int] = (1, 0),
     total: Callable[[dict[str, float]], dict[str, float]] = dict,
 ) -> dict[str, float]:
@@ -40,7 +40,7 @@ def held_out_scores(
         collate: makes a batch, as the model takes it, with labels; its masks should not change from call to call.
         max_tokens: of a batch.
         seed: of what ELECTRA's generator samples. torch's generators are left as they were.
-        progress: show a bar.
+        progress: show a bar; None shows one on a terminal, for work of more than two seconds.
         share: how many processes share the texts, and which one this is.
         total: sums up numbers of all processes.
 
@@ -59,7 +59,7 @@ def held_out_scores(
     rows, device = IndexedDataset(examples), next(model.parameters()).device
     sums = Counter[str]()
     with _evaluating(model), _seeded(seed, device), torch.no_grad():
-        for indexes in tqdm(sampler, desc="held out", leave=False, disable=not progress):
+        for indexes in progress_bar(sampler, what="held out", unit=" batches", show=progress):
             batch = collate([rows[index] for index in indexes])
             inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
             sums.update(texts=len(indexes))
@@ -70,7 +70,7 @@ def held_out_scores(
 def _sums(model: Any, inputs: dict[str, Any]) -> dict[str, float]:
     """What is added up over the batches; the loss with a divisor of 1 is a sum over the hidden tokens."""
     output = model(**inputs, num_items_in_batch=1, loss_only=True)
-    sums = {"masked_tokens": float((inputs["labels"] != heads.IGNORED_LABEL).sum())}
+    sums = {"masked_tokens": float((inputs["labels"] != losses.IGNORED_LABEL).sum())}
     if isinstance(model, ElectraPretraining):
         found, replaced = output.logits > 0, output.replaced
         return sums | {
@@ -84,7 +84,7 @@ def _sums(model: Any, inputs: dict[str, Any]) -> dict[str, float]:
         }
     if isinstance(model, heads.BertForPreTraining):
         logits, labels = output.seq_relationship_logits, inputs["next_sentence_label"]
-        pairs = float(heads.cross_entropy(logits, labels, 1.0))
+        pairs = float(losses.cross_entropy(logits, labels, 1.0))
         return sums | {
             "nll": float(output.loss - model.pair_loss(logits, labels)),
             "pairs": float(labels.numel()),
@@ -156,7 +156,7 @@ def padded(batch: Mapping[str, Any]) -> dict[str, Any]:
         if name in ("cu_seq_lens_q", "max_length_q"):
             continue
         if values.shape == (1, num_tokens):
-            empty = heads.IGNORED_LABEL if name == "labels" else 0
+            empty = losses.IGNORED_LABEL if name == "labels" else 0
             values = torch.full(keep.shape, empty).masked_scatter(keep, values[0])
         found[name] = values
     return found

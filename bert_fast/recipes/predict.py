@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from bert_fast import engine
 from bert_fast.batching import plan_batches
 from bert_fast.data.catalogue import read
-from bert_fast.embedder import progress_bar, token_budget
+from bert_fast.embedder import token_budget
 from bert_fast.folders import read_json, resolve
 from bert_fast.heads import Head
 from bert_fast.loading import from_pretrained, parse_device
+from bert_fast.recipes._runs import RESULTS_FILE
 from bert_fast.recipes._splits import Split, beside, check_format, make_split, reading, write_predictions
 from bert_fast.recipes.submission import check_benchmark, write_submission
 from bert_fast.tasks._task import Features, Output, Prediction, Task
 from bert_fast.tasks.registry import load_task
+from bert_fast.terminal import progress_bar
 from bert_fast.tokenization import Tokenizer
-
-RESULTS_FILE = "results.json"
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -58,7 +58,7 @@ def run(
     lengths = np.array([_num_tokens(feature["input_ids"]) for feature in inputs])
     outputs: list[Output | None] = [None] * len(inputs)
     model.eval()
-    with torch.inference_mode(), progress_bar(len(inputs), progress) as bar:
+    with torch.inference_mode(), progress_bar(total=len(inputs), show=progress) as bar:
         for numbers in plan_batches(lengths, batch_tokens or token_budget(device)):
             chosen = [inputs[number] for number in numbers]
             batch = collate([{name: f[name] for name in f if name not in targets} for f in chosen])

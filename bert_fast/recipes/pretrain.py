@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bert_fast import __version__, disk
-from bert_fast.data.encoding import Vocabulary
+from bert_fast import disk
+from bert_fast.data.encoding import TokenizerVocabulary
 from bert_fast.folders import resolve
 from bert_fast.recipes._pretraining_data import PAIRS, Phase, holds_out, make_collator, read_corpus
 from bert_fast.recipes._pretraining_models import describe, make_model, save
+from bert_fast.recipes._runs import RESULTS_FILE, training_arguments, versions
 from bert_fast.training.phases import split_steps
-
-RESULTS_FILE = "results.json"
 
 #: What a run is told that is not told otherwise: BERT's and ELECTRA's learning rates, one step in a hundred of warm-up.
 LEARNING_RATES = {"mlm": 1e-4, "nsp": 1e-4, "sop": 1e-4, "electra": 5e-4}
@@ -148,7 +143,7 @@ def pretrain(settings: PretrainSettings) -> PretrainResult:
     named = settings.tokenizer_name or settings.model_name_or_path
     if named is None:
         raise ValueError("tokenizer_name is not given, and there is no model_name_or_path whose tokenizer it could be")
-    tokenizer, vocabulary = resolve(named), Vocabulary.read(named)
+    tokenizer, vocabulary = resolve(named), TokenizerVocabulary.read(named)
     transformers.set_seed(args.seed)
     model = make_model(settings, vocabulary)
     _check_lengths(phases, model)
@@ -189,15 +184,9 @@ def pretrain(settings: PretrainSettings) -> PretrainResult:
             "phases": sizes,
             "held_out": {"before": before, "after": after},
             "train": train,
-            "versions": {
-                "bert_fast": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         }
-        with disk.written_at_once(Path(settings.output_dir) / RESULTS_FILE) as file:
-            file.write((json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
+        disk.write_json(Path(settings.output_dir) / RESULTS_FILE, results)
     trainer.accelerator.wait_for_everyone()
     return PretrainResult(Path(settings.output_dir), described["parameters"], sizes, before, after, train)
 
@@ -227,25 +216,22 @@ def _check_lengths(phases: tuple[Phase, ...], model: Any) -> None:
 
 def _arguments(settings: PretrainSettings, phases: tuple[Phase, ...]) -> tuple[Any, bool]:
     """`TrainingArguments`: what was given, then what suits pre-training; and whether batches are made by tokens."""
-    from bert_fast.training import TrainingArguments, checkpoints
+    from bert_fast.training import checkpoints
 
     given = settings.arguments
     if len(phases) > 1 and given.get("max_steps", -1) <= 0:
         raise ValueError(f"{len(phases)} phases share the steps of the run: give max_steps")
     judged = holds_out(settings)
-    defaults: dict[str, Any] = {
+    suited: dict[str, Any] = {
         "learning_rate": LEARNING_RATES[settings.objective],
         "warmup_steps": WARMUP,
         "logging_steps": 0.02,
         "save_strategy": "steps",
         "save_steps": 0.1,
-        "save_total_limit": 2,
         "eval_strategy": "steps" if judged else "no",
         "eval_steps": 0.1,
-        "report_to": "none",
-        "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    args = TrainingArguments(settings.output_dir, **{**defaults, **given})
+    args = training_arguments(settings.output_dir, suited, given)
     args.eval_on_start = judged and not (settings.resume and checkpoints.listed(Path(settings.output_dir)))
     by_tokens = args.max_tokens_per_batch is not None
     if not by_tokens:

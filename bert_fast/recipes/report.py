@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from bert_fast.data.catalogue import DATASETS
+from bert_fast.disk import text_written_at_once
 from bert_fast.folders import read_json
 from bert_fast.recipes._findings import Section, findings
 from bert_fast.recipes._page import Markup, card, element, figure, joined, number, page, table
-from bert_fast.recipes._splits import replacing
+from bert_fast.recipes._runs import RESULTS_FILE
 from bert_fast.recipes.submission import read_predictions
 
 REPORT_FILE = "report.html"
@@ -75,15 +76,15 @@ def write_report(folder: str | Path) -> Path:
         body += [element("h2", f"Predictions: {split}"), element("div", *sections, class_="pair")]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     body.append(element("p", versions, class_="soft"))
-    with replacing(folder / REPORT_FILE) as file:
+    with text_written_at_once(folder / REPORT_FILE) as file:
         file.write(page(_title(results), *body))
     return folder / REPORT_FILE
 
 
 def _results(folder: Path) -> dict[str, Any]:
-    path = folder / "results.json"
+    path = folder / RESULTS_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} has no results.json: it is not a folder that bert-fast finetune left")
+        raise ValueError(f"{folder} has no {RESULTS_FILE}: it is not a folder that bert-fast finetune left")
     results = read_json(path)
     if missing := [name for name in RESULTS if name not in results]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")

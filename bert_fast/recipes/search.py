@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from bert_fast import disk
 from bert_fast.benchmarking import markdown_table
 from bert_fast.folders import read_json
 from bert_fast.loading import WEIGHT_PATTERNS
-from bert_fast.recipes._splits import replacing
 from bert_fast.recipes.finetune import FinetuneSettings, finetune
 from bert_fast.recipes.spaces import PUBLISHED, Range, Space, check_space, drawn_point, grid_points
+from bert_fast.terminal import progress_bar
 
 #: What a search leaves in its folder.
 TRIALS_FILE = "trials.jsonl"
@@ -119,7 +118,7 @@ def search(settings: SearchSettings) -> SearchResult:
         _same_search(settings, output_dir / DEFINITION_FILE)
         done = read_trials(output_dir)
         total = (settings.trials or len(grid_points(settings.space))) * len(settings.seeds)
-        with tqdm(total=total, initial=min(len(done), total), desc="trials", unit="trial") as bar:
+        with progress_bar(total=total, initial=min(len(done), total), what="trials", unit=" trials", show=True) as bar:
             for number, parameters, seed in _missing(settings, done, total):
                 bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in parameters.items()))
                 trial = _run(settings, number, parameters, seed)
@@ -225,9 +224,7 @@ def _same_search(settings: SearchSettings, file: Path) -> None:
     }
     definition = json.loads(json.dumps(definition))
     if not file.exists():
-        with replacing(file) as stream:
-            json.dump(definition, stream, indent=1, ensure_ascii=False)
-            stream.write("\n")
+        disk.write_json(file, definition)
         return
     before = read_json(file)
     if changed := [name for name in definition if before.get(name) != definition[name]]:
@@ -267,16 +264,11 @@ def _tidy(settings: SearchSettings, trials: Sequence[Trial]) -> Trial | None:
     """Write the table, let `best` lead to the best trial so far, and delete the weights of the others."""
     output_dir, best = Path(settings.base.output_dir), best_trial(trials)
     if trials:
-        with replacing(output_dir / TABLE_FILE) as file:
+        with disk.text_written_at_once(output_dir / TABLE_FILE) as file:
             file.write(f"# Search\n\n{trials_table(trials)}\n")
     if best is None:
         return None
-    target, link = _folder(settings, best.number).relative_to(output_dir), output_dir / BEST
-    if not link.is_symlink() or Path(os.readlink(link)) != target:
-        staging = output_dir / f".{BEST}.saving"
-        staging.unlink(missing_ok=True)
-        staging.symlink_to(target)
-        os.replace(staging, link)
+    disk.point(output_dir / BEST, _folder(settings, best.number))
     for trial in trials:
         folder = _folder(settings, trial.number)
         for checkpoint in folder.glob("checkpoint-*"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bert_fast.data.catalogue import DATASETS
-from bert_fast.recipes._splits import replacing
+from bert_fast.disk import text_written_at_once
 
 #: GLUE's names of files by task; MNLI has one for each of its test sets, and AX is answered by a model of MNLI.
 GLUE_FILES = {
@@ -92,7 +92,7 @@ def write_submission(benchmark: str, predictions: Sequence[Line], output_dir: st
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for name, write in files.items():
-        with replacing(folder / name) as file:
+        with text_written_at_once(folder / name) as file:
             write(file)
     return [folder / name for name in files]
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +21,6 @@ from bert_fast.data.catalogue import read
 from bert_fast.folders import read_json, resolve
 from bert_fast.loading import WEIGHTS_FILE, read_state_dict
 from bert_fast.recipes._paths import PathResult, TransferResult, transfer_page, transfer_table
-from bert_fast.recipes._splits import replacing
 from bert_fast.recipes._toml import argument_names, check_known, read_toml
 from bert_fast.recipes.finetune import FinetuneSettings, finetune
 from bert_fast.recipes.pretrain import PretrainSettings, pretrain
@@ -141,12 +139,12 @@ def transfer(settings: TransferSettings, say: Callable[[str], object] = print) -
         results = [runner.path(path) for path in paths]
         metric = runner.metric
         best = int(np.argmax(results[0].scores))
-        _link(output_dir / MODEL, runner.folder(stages, f"finetune-{settings.seeds[best]}"))
+        disk.point(output_dir / MODEL, runner.folder(stages, f"finetune-{settings.seeds[best]}"))
         result = TransferResult(metric, results, output_dir / MODEL)
         table = transfer_table(result)
-        with replacing(output_dir / TABLE_FILE) as file:
+        with disk.text_written_at_once(output_dir / TABLE_FILE) as file:
             file.write(f"# Transfer\n\n{table}\n")
-        with replacing(output_dir / PAGE_FILE) as file:
+        with disk.text_written_at_once(output_dir / PAGE_FILE) as file:
             file.write(transfer_page(result))
     return result
 
@@ -222,20 +220,20 @@ class _Runner:
             before = None
         self.say(f"{folder.name}: {'goes on' if before else 'runs'}")
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(file, {"digest": now, "key": key})
+        disk.write_json(file, {"digest": now, "key": key})
         start = time.perf_counter()
         result = run(folder, table, model, before is not None)
         done = {"digest": now, "key": key, "result": result, "seconds": time.perf_counter() - start}
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-        _write_json(file, done)
+        disk.write_json(file, done)
         self._known[folder] = done
         return done
 
     def _adapt(self, folder: Path, table: dict[str, Any], model: Path, resume: bool) -> dict[str, Any]:
         if not table.get("train_file"):
             texts = folder / "texts.txt"
-            with replacing(texts) as file:
+            with disk.text_written_at_once(texts) as file:
                 file.writelines(f"{' '.join(text.split())}\n\n" for text in _task_texts(self.settings))
             table = {**table, "train_file": str(texts)}
         result = pretrain(
@@ -344,16 +342,3 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     if before["model"] != now["model"]:
         said.append("the model it starts from is another one")
     return "; ".join(said)
-
-
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    with replacing(file) as stream:
-        json.dump(values, stream, indent=1, ensure_ascii=False)
-        stream.write("\n")
-
-
-def _link(link: Path, folder: Path) -> None:
-    staging = link.with_name(f".{link.name}.saving")
-    staging.unlink(missing_ok=True)
-    staging.symlink_to(folder.relative_to(link.parent))
-    os.replace(staging, link)

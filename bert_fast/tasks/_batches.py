@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bert_fast.heads import IGNORED_LABEL
+from bert_fast.losses import IGNORED_LABEL
 from bert_fast.tokenization import TokenBatch, Tokenizer
 
 #: Texts tokenised at a time: the tokenizers library holds about 100 bytes for a token.

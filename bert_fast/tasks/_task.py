@@ -103,3 +103,14 @@ class Task(ABC):
     @abstractmethod
     def metrics(self, examples: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, float]:
         """The official metrics of the task, between 0 and 1 (correlations -1 and 1), over examples with labels."""
+
+
+def check_examples(examples: Sequence[Any], kind: type, target: str | None = None) -> None:
+    """ValueError, naming the first, for training examples of another kind, or without what is to be learnt of them."""
+    if not examples:
+        raise ValueError("there are no examples")
+    for example in examples:
+        if not isinstance(example, kind):
+            raise ValueError(f"example {example.id} is a {type(example).__name__}, expected a {kind.__name__}")
+        if target is not None and getattr(example, target) is None:
+            raise ValueError(f"example {example.id} has no {target}, which training needs")

@@ -11,7 +11,7 @@ from torch import nn
 
 from bert_fast.data.examples import TextExample
 from bert_fast.tasks._batches import encode, in_order, label_number, softmax
-from bert_fast.tasks._task import Features, Output, Prediction, Task
+from bert_fast.tasks._task import Features, Output, Prediction, Task, check_examples
 from bert_fast.tasks.metrics import METRICS
 from bert_fast.tokenization import Tokenizer
 
@@ -72,13 +72,7 @@ class Classification(Task):
 
     def learn(self, examples: Sequence[Any]) -> None:
         """See `Task`."""
-        if not examples:
-            raise ValueError("there are no examples to train on")
-        for example in examples:
-            if not isinstance(example, TextExample):
-                raise ValueError(f"example {example.id} is a {type(example).__name__}, expected a TextExample")
-            if example.label is None:
-                raise ValueError(f"example {example.id} has no label, and training needs one")
+        check_examples(examples, TextExample, "label")
         if self.problem is None:
             label = examples[0].label
             self.problem = "single" if isinstance(label, str) else "multi" if isinstance(label, tuple) else "regression"

@@ -13,7 +13,7 @@ from torch import nn
 
 from bert_fast.data.examples import SentencesExample
 from bert_fast.sentence_embedding import SCORED, EmbeddingSettings
-from bert_fast.tasks._task import Features, Output, Prediction, Task
+from bert_fast.tasks._task import Features, Output, Prediction, Task, check_examples
 from bert_fast.tasks.metrics import METRICS
 from bert_fast.tokenization import Tokenizer
 
@@ -213,11 +213,10 @@ class SentencesCollator:
 
 def _checked(examples: Sequence[Any]) -> None:
     """ValueError for the first example that is not of this kind, or has another number of texts than the first one."""
-    if not examples:
-        raise ValueError("there are no examples to learn from")
+    check_examples(examples, SentencesExample)
     for example in examples:
-        if not isinstance(example, SentencesExample) or len(example.texts) < 2:
-            raise ValueError(f"example {example.id} is a {type(example).__name__}, expected two texts or more")
+        if len(example.texts) < 2:
+            raise ValueError(f"example {example.id} is a single text, expected two texts or more")
         if len(example.texts) != len(examples[0].texts):
             raise ValueError(
                 f"example {example.id} has {len(example.texts)} texts, but the first one has {len(examples[0].texts)}"

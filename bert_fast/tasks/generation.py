@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bert_fast.embedder import progress_bar
 from bert_fast.tasks.filling import MaskFiller
+from bert_fast.terminal import progress_bar
 
 #: How masks become words, and how many steps it takes if nobody says.
 METHODS: dict[str, int | None] = {"gibbs": 10, "mask_predict": 10, "left_to_right": None}
@@ -68,7 +68,7 @@ def generate(
     drawers = [_Drawer(filler, temperature, top_k, seed + index) for index in range(num_samples)]
     places = range(start, start + length)
     runs = {"gibbs": (steps + 1) * length, "mask_predict": steps, "left_to_right": length}[method]
-    with progress_bar(runs, progress, " runs") as bar:
+    with progress_bar(total=runs, unit=" runs", show=progress) as bar:
         if method == "mask_predict":
             _mask_predict(filler, rows, drawers, places, steps, bar.update)
         else:

@@ -12,7 +12,7 @@ from torch import nn
 
 from bert_fast.data.examples import ChoiceExample
 from bert_fast.tasks._batches import PaddingCollator, encode, softmax
-from bert_fast.tasks._task import Features, Output, Prediction, Task
+from bert_fast.tasks._task import Features, Output, Prediction, Task, check_examples
 from bert_fast.tasks.metrics import METRICS
 from bert_fast.tokenization import Tokenizer
 
@@ -38,13 +38,7 @@ class MultipleChoice(Task):
 
     def learn(self, examples: Sequence[Any]) -> None:
         """See `Task`."""
-        if not examples:
-            raise ValueError("there are no examples to train on")
-        for example in examples:
-            if not isinstance(example, ChoiceExample):
-                raise ValueError(f"example {example.id} is a {type(example).__name__}, expected a ChoiceExample")
-            if example.label is None:
-                raise ValueError(f"example {example.id} has no label, and training needs one")
+        check_examples(examples, ChoiceExample, "label")
 
     def config(self) -> dict[str, Any]:
         """See `Task`; a score for each choice."""

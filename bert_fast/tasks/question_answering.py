@@ -14,7 +14,7 @@ from torch import nn
 from bert_fast.data.examples import Answer, QuestionExample
 from bert_fast.tasks._batches import CHUNK, rows_of_each, softmax
 from bert_fast.tasks._spans import Frame, Window, best_spans, null_span, window_bounds
-from bert_fast.tasks._task import Features, Output, Prediction, Task
+from bert_fast.tasks._task import Features, Output, Prediction, Task, check_examples
 from bert_fast.tasks.metrics import best_thresholds, squad_scores
 from bert_fast.tokenization import Tokenizer
 
@@ -64,11 +64,8 @@ class QuestionAnswering(Task):
         Raises:
             ValueError: one has not.
         """
-        if not examples:
-            raise ValueError("there are no examples to train on")
+        check_examples(examples, QuestionExample)
         for example in examples:
-            if not isinstance(example, QuestionExample):
-                raise ValueError(f"example {example.id} is a {type(example).__name__}, expected a QuestionExample")
             self._answer(example)
 
     def _answer(self, example: QuestionExample) -> Answer | None:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bert_fast.data.examples import TokensExample
-from bert_fast.heads import IGNORED_LABEL
+from bert_fast.losses import IGNORED_LABEL
 from bert_fast.tasks._batches import CHUNK, in_order, label_number, rows_of_each, split_tokens
-from bert_fast.tasks._task import Features, Output, Prediction, Task
+from bert_fast.tasks._task import Features, Output, Prediction, Task, check_examples
 from bert_fast.tasks.metrics import accuracy, entity_scores, entity_scores_by_type
 from bert_fast.tokenization import Tokenizer
 
@@ -61,13 +61,7 @@ class TokenClassification(Task):
 
     def learn(self, examples: Sequence[Any]) -> None:
         """See `Task`."""
-        if not examples:
-            raise ValueError("there are no examples to train on")
-        for example in examples:
-            if not isinstance(example, TokensExample):
-                raise ValueError(f"example {example.id} is a {type(example).__name__}, expected a TokensExample")
-            if example.tags is None:
-                raise ValueError(f"example {example.id} has no tags, and training needs them")
+        check_examples(examples, TokensExample, "tags")
         if self.labels is None:
             self.labels = in_order(tag for example in examples for tag in example.tags)
 

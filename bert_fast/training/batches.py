@@ -21,13 +21,13 @@ LOOKAHEAD = 64
 INDEX = "example_index"
 
 #: The words that tokens belong to, -1 for none, which masks are drawn by.
-WORDS = "word_ids"
+WORD_IDS = "word_ids"
 
 #: Names under which transformers' collators take labels, too.
 _LABELS = ("label", "label_ids")
 
 #: Features that are not for the model.
-_NOT_INPUTS = frozenset({INDEX, WORDS, "attention_mask", "special_tokens_mask", "length"})
+_NOT_INPUTS = frozenset({INDEX, WORD_IDS, "attention_mask", "special_tokens_mask", "length"})
 
 
 class _Plan(NamedTuple):

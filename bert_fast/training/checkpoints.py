@@ -21,6 +21,9 @@ from bert_fast.disk import checksum, sync
 
 MANIFEST = "manifest.json"
 
+#: The steps so far, as transformers calls it.
+STATE_FILE = "trainer_state.json"
+
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 #: What an interrupted save, or an interrupted pruning, leaves.
 _LEFTOVER = re.compile(r"\.checkpoint-\d+\.(saving|old)")

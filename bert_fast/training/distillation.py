@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bert_fast.heads import IGNORED_LABEL, Head
+from bert_fast.heads import Head
 from bert_fast.inputs import BertInputs
+from bert_fast.losses import IGNORED_LABEL
 from bert_fast.ragged import Padding, Ragged
 from bert_fast.training import imitation
 from bert_fast.training.arguments import TrainingArguments

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import nested_gather
 
-from bert_fast import disk, loading
+from bert_fast import disk, saving
 from bert_fast.heads import Head
 from bert_fast.training import checkpoints
 from bert_fast.training.arguments import TrainingArguments
@@ -27,7 +27,6 @@ from bert_fast.training.signals import Termination
 logger = logging.getLogger(__name__)
 
 #: transformers' state of a run, and ours, in a checkpoint.
-STATE_FILE = "trainer_state.json"
 RUN_FILE = "run.json"
 
 
@@ -145,7 +144,7 @@ class DurableTrainer(transformers.Trainer):
         ]
         states = TrainerState(stateful_callbacks=stateful)  # type: ignore[arg-type]
         self.state.stateful_callbacks = states.stateful_callbacks
-        self.state.save_to_json(str(staging / STATE_FILE))
+        self.state.save_to_json(str(staging / checkpoints.STATE_FILE))
         run = {
             "order": self.order(),
             "position": self.position(),
@@ -162,7 +161,7 @@ class DurableTrainer(transformers.Trainer):
         elif self.args.should_save:
             folder = Path(output_dir or self._get_output_dir(trial=None))
             folder.mkdir(parents=True, exist_ok=True)
-            loading.write_files(self.model, folder, state_dict)
+            saving.write_files(self.model, folder, state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(str(folder))
             torch.save(self.args, folder / "training_args.bin")

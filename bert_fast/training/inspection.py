@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from bert_fast.benchmarking import useful_flops
 from bert_fast.checks import ids_in_range
-from bert_fast.heads import IGNORED_LABEL, Head
-from bert_fast.training.batches import INDEX, WORDS
+from bert_fast.heads import Head
+from bert_fast.losses import IGNORED_LABEL
+from bert_fast.training.batches import INDEX, WORD_IDS
 from bert_fast.training.masking import MaskingCollator
 
 #: Under this name the facts travel in a batch until the trainer takes them out.
@@ -27,7 +28,7 @@ FACTS = "bert_fast_facts"
 FINGERPRINTED = 10_000
 
 #: What transformers' collators and ours read beside what the model takes.
-_FOR_COLLATORS = frozenset({"label", "label_ids", "special_tokens_mask", WORDS})
+_FOR_COLLATORS = frozenset({"label", "label_ids", "special_tokens_mask", WORD_IDS})
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from bert_fast.data.counters import Uniforms
 from bert_fast.data.masking import Masking
-from bert_fast.training.batches import INDEX, WORDS, PackingCollator
+from bert_fast.training.batches import INDEX, WORD_IDS, PackingCollator
 
 
 class IndexedDataset(Dataset[dict[str, Any]]):
@@ -35,52 +35,24 @@ class IndexedDataset(Dataset[dict[str, Any]]):
 class MaskingCollator:
     """Packs texts as `PackingCollator` does, and hides some of their tokens, which the model has to predict.
 
-    How many tokens, which, and what becomes of them is said by `bert_fast.data.masking.Masking`.
-
     Every random number comes from (seed, epoch, index of the example) alone. So the masks are new in every epoch, and
     the same in a resumed run, in any batch and with any number of workers.
 
     Args:
-        vocab_size: of the words that replace a token.
-        mask_token_id: of [MASK].
-        special_token_ids: never chosen: [CLS], [SEP], [PAD].
-        scheme: what is chosen together, one of `bert_fast.data.masking.SCHEMES`; all but `subword` need `word_ids`.
-        mlm_probability: part of the tokens to predict.
-        max_predictions: of a text; None for any number.
-        masked, replaced: parts of the chosen tokens that become [MASK], and any word; the rest stays.
         seed: of the masks, together with epoch and index.
         max_position_embeddings: how many tokens a text may have; None for any number.
+        masking: how many tokens, which, and what becomes of them, as `bert_fast.data.masking.Masking` takes it:
+            `vocab_size`, `mask_token_id` and `special_token_ids`, and others by choice. All schemes but `subword` need
+            `word_ids`.
 
     Raises:
         ValueError: an argument is impossible.
     """
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        mask_token_id: int,
-        special_token_ids: Sequence[int],
-        scheme: str = "subword",
-        mlm_probability: float = 0.15,
-        max_predictions: int | None = None,
-        masked: float = 0.8,
-        replaced: float = 0.1,
-        seed: int = 0,
-        max_position_embeddings: int | None = None,
-    ) -> None:
+    def __init__(self, *, seed: int = 0, max_position_embeddings: int | None = None, **masking: Any) -> None:
         if seed < 0:
             raise ValueError(f"seed is {seed}, expected at least 0")
-        self.masking = Masking(
-            vocab_size=vocab_size,
-            mask_token_id=mask_token_id,
-            special_token_ids=tuple(special_token_ids),
-            scheme=scheme,
-            mlm_probability=mlm_probability,
-            max_predictions=max_predictions,
-            masked=masked,
-            replaced=replaced,
-        )
+        self.masking = Masking(**masking)
         self.seed = seed
         self.pack = PackingCollator(max_position_embeddings=max_position_embeddings)
         # Shared, because workers that persist keep the copy of this object that they were started with.
@@ -122,14 +94,16 @@ class MaskingCollator:
         return batch
 
     def _words(self, features: Sequence[Mapping[str, Any]], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        if WORDS not in features[0]:
+        if WORD_IDS not in features[0]:
             raise ValueError(
-                f"the features have no {WORDS}, which masks of the scheme {self.masking.scheme} are drawn by"
+                f"the features have no {WORD_IDS}, which masks of the scheme {self.masking.scheme} are drawn by"
             )
-        words = [np.asarray(feature[WORDS], np.int64) for feature in features]
+        words = [np.asarray(feature[WORD_IDS], np.int64) for feature in features]
         for index, (ids, length) in enumerate(zip(words, lengths.tolist(), strict=True)):
             if ids.shape != (length,):
-                raise ValueError(f"{WORDS} of feature {index} has shape {ids.shape}, expected ({length},), its tokens")
+                raise ValueError(
+                    f"{WORD_IDS} of feature {index} has shape {ids.shape}, expected ({length},), its tokens"
+                )
         return np.concatenate(words)
 
     def _draw(self, indices: list[int], lengths: NDArray[np.int64]) -> NDArray[np.float64]:

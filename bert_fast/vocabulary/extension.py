@@ -190,7 +190,8 @@ def extend(path_or_id: str | Path, words: Iterable[str], output: str | Path) -> 
     """
     from bert_fast.config import BertConfig
     from bert_fast.embedder import Recipe
-    from bert_fast.loading import WEIGHT_PATTERNS, WEIGHTS_FILE, read_state_dict, write_weights
+    from bert_fast.loading import WEIGHT_PATTERNS, WEIGHTS_FILE, read_state_dict
+    from bert_fast.saving import write_weights
 
     folder = resolve(path_or_id)
     source = Recipe.read(folder).transformer

@@ -19,7 +19,7 @@ LENGTHS = (1, 2, 4, 6, 8, 10, 13, 17)
 
 
 @dataclass(frozen=True)
-class Words:
+class WordCounts:
     """What a tokenizer makes of some words, each as often as it is in the text.
 
     Attributes:
@@ -74,8 +74,8 @@ class Report:
     """
 
     num_lines: int
-    all: Words
-    by_length: dict[tuple[int, int | None], Words]
+    all: WordCounts
+    by_length: dict[tuple[int, int | None], WordCounts]
     costly: tuple[CostlyWord, ...]
     saved: int
     unknown: tuple[tuple[str, int], ...]
@@ -125,11 +125,11 @@ def measure(
 
 def _sum(
     words: Iterable[str], counts: Mapping[str, int], pieces: Mapping[str, tuple[str, ...]], unk_token: str
-) -> Words:
+) -> WordCounts:
     words = list(words)
     unknown = [word for word in words if pieces[word] == (unk_token,)]
     whole = [word for word in words if pieces[word] == (word,)]
-    return Words(
+    return WordCounts(
         sum(counts[word] for word in words),
         len(words),
         sum(counts[word] for word in whole),

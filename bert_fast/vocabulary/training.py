@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from tokenizers import pre_tokenizers, trainers
 from tokenizers.models import WordPiece
 
 from bert_fast.folders import new_folder
+from bert_fast.terminal import is_watched, progress_bar
 from bert_fast.tokenization import SPECIAL_TOKENS, bert_backend, bert_normalizer
-from bert_fast.vocabulary.words import is_terminal, shown
 
 #: First in every vocabulary, in this order; [PAD] is 0, as BERT's configuration has it.
 FIRST_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -24,7 +25,7 @@ PREFIX = "##"
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class TrainedVocabulary:
     """A trained vocabulary, and how text is prepared for it.
 
     Attributes:
@@ -70,7 +71,7 @@ def train(
     chinese_characters: bool = True,
     model_max_length: int = 512,
     show_progress: bool | None = None,
-) -> Vocabulary:
+) -> TrainedVocabulary:
     """Find the WordPiece vocabulary of a text.
 
     Starting from single characters, the two pieces that are most often side by side inside a word are joined, again
@@ -109,7 +110,8 @@ def train(
     backend = tokenizers.Tokenizer(WordPiece({}, unk_token=SPECIAL_TOKENS["unk_token"]))
     backend.normalizer = bert_normalizer(config)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    counts = count_characters(shown(texts, "counting characters", show_progress), backend)
+    shown = partial(progress_bar, texts, unit=" lines", show=show_progress)
+    counts = count_characters(shown(what="counting characters"), backend)
     if not counts:
         raise ValueError("there is no text to train a vocabulary on")
     ranked = sorted(counts, key=lambda character: (-counts[character], character))
@@ -127,12 +129,12 @@ def train(
         special_tokens=first,
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
-        show_progress=is_terminal() if show_progress is None else show_progress,
+        show_progress=is_watched() if show_progress is None else show_progress,
     )
-    backend.train_from_iterator(shown(texts, "counting words", show_progress), trainer)
+    backend.train_from_iterator(shown(what="counting words"), trainer)
     found = backend.get_vocab()
     longer = sorted(set(found) - {*first, *alphabet}, key=found.__getitem__)
-    return Vocabulary(
+    return TrainedVocabulary(
         (*FIRST_TOKENS, *alphabet, *inside, *longer),
         config,
         tuple(alphabet),

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import tokenizers
 
 if TYPE_CHECKING:
     from bert_fast.tokenization import Tokenizer
 
-Item = TypeVar("Item")
-
 #: Different stretches of text without a space that are collected before they are cut into words.
 MOST_CHUNKS = 1 << 16
-
-#: Seconds of reading after which a progress bar appears.
-PROGRESS_DELAY = 2.0
 
 
 def tokenizer_of(path_or_id: str | Path) -> Tokenizer:
@@ -70,23 +64,3 @@ def split(text: str, backend: tokenizers.Tokenizer) -> list[str]:
     if backend.pre_tokenizer is None:
         return text.split()
     return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
-
-
-def shown(texts: Iterable[Item], doing: str, show: bool | None = None) -> Iterator[Item]:
-    """The texts, with a progress bar over them: by default on a terminal, once it has lasted `PROGRESS_DELAY`.
-
-    Args:
-        texts: anything that can be iterated over.
-        doing: what the bar says, as "counting words".
-        show: whether there is a bar at all; None as above.
-    """
-    from tqdm import tqdm
-
-    wanted = is_terminal() if show is None else show
-    delay = PROGRESS_DELAY if show is None else 0.0
-    yield from tqdm(texts, desc=doing, unit=" lines", disable=not wanted, delay=delay)
-
-
-def is_terminal() -> bool:
-    """Whether somebody looks at stderr."""
-    return sys.stderr is not None and sys.stderr.isatty()

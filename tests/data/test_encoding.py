@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from bert_fast.data.encoding import Encoder, Vocabulary, read_entities
+from bert_fast.data.encoding import Encoder, TokenizerVocabulary
 
 VOCABULARY = [
     "[PAD]",
@@ -29,7 +29,7 @@ VOCABULARY += ["[", "]", "sep", "mask"]
 @pytest.fixture
 def vocabulary(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
-    return Vocabulary.read(str(tmp_path))
+    return TokenizerVocabulary.read(str(tmp_path))
 
 
 def words(encoder, sentence):
@@ -94,10 +94,10 @@ def test_without_words_it_is_the_same_tokens(vocabulary):
 def test_special_tokens_by_their_names(tmp_path):
     (tmp_path / "vocab.txt").write_text("<pad>\n[UNK]\n[CLS]\n[SEP]\n<mask>\na\n")
     with pytest.raises(ValueError, match=r"lacks the special tokens \[PAD\], \[MASK\]"):
-        Vocabulary.read(str(tmp_path))
+        TokenizerVocabulary.read(str(tmp_path))
     config = {"pad_token": "<pad>", "mask_token": {"content": "<mask>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    vocabulary = Vocabulary.read(str(tmp_path))
+    vocabulary = TokenizerVocabulary.read(str(tmp_path))
     assert vocabulary.ids == {"unk_token": 1, "sep_token": 3, "pad_token": 0, "cls_token": 2, "mask_token": 4}
     assert vocabulary.special_token_ids == (2, 3, 0)
 
@@ -105,20 +105,8 @@ def test_special_tokens_by_their_names(tmp_path):
 def test_digests_tell_vocabularies_apart(tmp_path, vocabulary):
     before = vocabulary.digests()
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    cased = Vocabulary.read(str(tmp_path)).digests()
+    cased = TokenizerVocabulary.read(str(tmp_path)).digests()
     assert cased["vocabulary_sha256"] == before["vocabulary_sha256"]
     assert cased["sha256"] != before["sha256"]
     (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY[:-2], "mask", "sep"]) + "\n")
-    assert Vocabulary.read(str(tmp_path)).digests()["vocabulary_sha256"] != before["vocabulary_sha256"]
-
-
-def test_a_file_of_names(tmp_path):
-    path = tmp_path / "names.txt"
-    path.write_bytes(b"\xef\xbb\xbfNew York\r\n\n city \n")
-    assert read_entities(path) == ["New York", "city"]
-    path.write_bytes(b"\n")
-    with pytest.raises(ValueError, match=r"names\.txt holds no names"):
-        read_entities(path)
-    path.write_bytes(b"a\n\xff\n")
-    with pytest.raises(ValueError, match=r"names\.txt, line 2 is not UTF-8"):
-        read_entities(path)
+    assert TokenizerVocabulary.read(str(tmp_path)).digests()["vocabulary_sha256"] != before["vocabulary_sha256"]

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from bert_fast import heads
-from bert_fast.data.masking import IGNORED_LABEL, SCHEMES, Masking, Words, choose_ngrams, choose_spans
+from bert_fast import losses
+from bert_fast.data.masking import IGNORED_LABEL, SCHEMES, Masking, WordSpans, choose_ngrams, choose_spans
 from bert_fast.training.masking import IndexedDataset, MaskingCollator
 
 VOCAB, PAD, CLS, SEP, MASK = 1000, 0, 1, 2, 3
@@ -87,7 +87,7 @@ def test_words_of_one_token_are_chosen_as_tokens_are(example, seed):
 @given(texts)
 def test_where_words_are(example):
     _, ids = example
-    words = Words(ids)
+    words = WordSpans(ids)
     for number, (start, end) in enumerate(zip(words.starts, words.ends, strict=True)):
         assert len(set(ids[start:end])) == 1
         assert ids[start - 1] != ids[start]
@@ -114,7 +114,7 @@ def test_ngrams_are_those_of_albert(sizes, count, seed):
         gram = grams[n - 1]
         if len(covered) + len(gram) <= count and not set(gram) & set(covered):
             covered += gram
-    picked = choose_ngrams(scores, numbers, Words(word_ids), count)
+    picked = choose_ngrams(scores, numbers, WordSpans(word_ids), count)
     assert {token for word in picked for token in words[word]} == set(covered)
 
 
@@ -136,7 +136,7 @@ def first_run(picked):
 def test_the_lengths_of_ngrams_and_spans(choose, shares):
     """Of the first of each text, which has room; the next one touches it in one text of a hundred."""
     _, word_ids = text([1] * 400)
-    words, rng, counts = Words(word_ids), np.random.default_rng(0), np.zeros(len(shares))
+    words, rng, counts = WordSpans(word_ids), np.random.default_rng(0), np.zeros(len(shares))
     for _ in range(3000):
         scores = rng.random(len(word_ids))
         scores[[0, -1]] = 2
@@ -151,7 +151,7 @@ def test_none_goes_over_a_special_token(choose, most):
     _, word_ids = text([1] * 5, [1] * 20)
     scores = np.linspace(1, 0.9, len(word_ids))
     scores[4] = 0
-    picked = choose(scores, np.full(len(scores), 0.999), Words(word_ids), most)
+    picked = choose(scores, np.full(len(scores), 0.999), WordSpans(word_ids), most)
     assert picked[:2] == [3, 4]
     assert len(picked) < 3 or picked[2] != 5
 
@@ -224,5 +224,5 @@ def test_what_is_refused(options, message):
         masking(**options)
 
 
-def test_the_ignored_label_is_that_of_the_heads():
-    assert IGNORED_LABEL == heads.IGNORED_LABEL
+def test_the_ignored_label_is_that_of_the_losses():
+    assert IGNORED_LABEL == losses.IGNORED_LABEL

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from bert_fast import disk
 from bert_fast.data import shards
 from bert_fast.data.corpus import write_corpus
-from bert_fast.data.encoding import Encoder, Vocabulary
+from bert_fast.data.encoding import Encoder, TokenizerVocabulary
 from bert_fast.data.inspect import instances, statistics
 from bert_fast.data.instances import BATCH, Options
 from bert_fast.data.pretraining import ShardDataset
@@ -283,7 +283,7 @@ def test_a_disk_that_is_full_at_the_very_beginning(tmp_path, monkeypatch):
 def test_what_is_left_of_another_text_is_not_gone_on_with(tmp_path):
     """A folder that was being taken away when the process ended: the plan is gone, tokens are still there."""
     text, out = corpora.write(tmp_path), tmp_path / "out"
-    left, vocabulary = out / ".building", Vocabulary.read("demo")
+    left, vocabulary = out / ".building", TokenizerVocabulary.read("demo")
     left.mkdir(parents=True)
     encoder = lambda: Encoder(vocabulary, words="tokenizer")  # noqa: E731
     list(write_corpus(left, ["Another text.", "", "Its end.", ""], encoder, 100, num_workers=1, part=1))

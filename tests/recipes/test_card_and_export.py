@@ -225,7 +225,7 @@ def test_weights_in_several_files(folder, tmp_path):
 
 def test_what_cannot_be_exported(folder, tmp_path):
     for arguments, message in (
-        ((folder, folder), "is there already: choose another folder"),
+        ((folder, folder), "is there already, expected the name of a new folder"),
         ((tmp_path / "none", tmp_path / "out"), "there is no folder"),
         ((folder, tmp_path / "out", "int8"), "dtype is 'int8', expected one of float32"),
         ((folder, tmp_path / "out", None, "5 bits"), "max_shard_size is '5 bits'"),

@@ -11,9 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from bert_fast.loading import read_config, save_pretrained
+from bert_fast.loading import read_config
 from bert_fast.recipes import predict
 from bert_fast.recipes.finetune import FinetuneSettings, finetune
+from bert_fast.saving import save_pretrained
 from bert_fast.tasks.registry import load_task
 
 pytestmark = pytest.mark.filterwarnings("ignore:the checkpoint has no weights for this head")

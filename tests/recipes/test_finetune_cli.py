@@ -52,7 +52,7 @@ def test_from_files_to_predictions(base, tmp_path):
         (["--warmup", "3"], "--warmup is no option of this command nor one of TrainingArguments; did you mean"),
         (["--optimizer", "sgd"], "optimizer is 'sgd', expected one of adamw"),
         (["--label_column", "stars"], "stars"),
-        (["--column", "stars"], "--column is 'stars', expected NAME=VALUE"),
+        (["--column", "stars"], "--column is 'stars', expected ROLE=NAME"),
         (["--task_option", "loss=triplet"], "loss is no option of classification"),
         (["--read_option", "comma=3"], "reading classification has no option 'comma'"),
         (["--resume_from_checkpoint", "elsewhere"], "there is no checkpoint elsewhere"),

@@ -17,11 +17,11 @@ from bert_fast import BertConfig, modules, ops, reference
 from bert_fast.cli import app
 from bert_fast.config import ElectraConfig
 from bert_fast.data import shards
-from bert_fast.data.encoding import Vocabulary
+from bert_fast.data.encoding import TokenizerVocabulary
 from bert_fast.data.instances import Options
 from bert_fast.data.pretraining import ShardDataset
-from bert_fast.heads import IGNORED_LABEL
 from bert_fast.loading import read_state_dict
+from bert_fast.losses import IGNORED_LABEL
 from bert_fast.recipes._pretraining_data import Phase, make_collator, read_corpus
 from bert_fast.recipes._pretraining_models import make_model
 from bert_fast.recipes.held_out import held_out_scores, padded
@@ -115,7 +115,7 @@ def test_held_out_scores_are_those_of_transformers(place: Path, tmp_path: Path, 
     """The same masks, one text after another, through transformers' models; and the saved folder is theirs to load."""
     run = settings(place, tmp_path / "run", objective=objective, arguments={"max_steps": 3})
     result = pretrain(run)
-    vocabulary = Vocabulary.read(run.tokenizer_name)
+    vocabulary = TokenizerVocabulary.read(run.tokenizer_name)
     texts = ShardDataset(tmp_path / "run" / "data" / "validation-32")
     collate = make_collator(run, texts.manifest["options"], vocabulary, 42, 64)
     rows, sums = IndexedDataset(texts), dict.fromkeys(("nll", "hidden", "right", "second"), 0.0)
@@ -155,7 +155,7 @@ def test_held_out_scores_are_those_of_transformers(place: Path, tmp_path: Path, 
 
 def test_held_out_scores_do_not_depend_on_batches_nor_touch_the_run(place: Path, tmp_path: Path) -> None:
     run = settings(place, tmp_path, objective="electra")
-    vocabulary = Vocabulary.read(run.tokenizer_name)
+    vocabulary = TokenizerVocabulary.read(run.tokenizer_name)
     model = make_model(run, vocabulary).train()
     corpus = read_corpus(run, [Phase(32, 1.0)], place / "tokenizer", vocabulary)
     collate = make_collator(run, corpus.options, vocabulary, 1, 64)
@@ -260,7 +260,7 @@ def test_shards_say_how_tokens_are_hidden(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("objective", ["nsp", "electra"])
 def test_googles_initialisation_is_cut(place: Path, tmp_path: Path, objective: str) -> None:
     run = settings(place, tmp_path, objective=objective, initialization="truncated_normal")
-    model = make_model(run, Vocabulary.read(run.tokenizer_name))
+    model = make_model(run, TokenizerVocabulary.read(run.tokenizer_name))
     weights = [weight for name, weight in model.named_parameters() if weight.dim() == 2]
     assert max(weight.abs().max() for weight in weights) <= 2 * 0.02 + 1e-6
     table = next(weight for name, weight in model.named_parameters() if "word_embeddings" in name)
@@ -269,7 +269,7 @@ def test_googles_initialisation_is_cut(place: Path, tmp_path: Path, objective: s
 
 
 def test_shapes_are_googles(place: Path, tmp_path: Path) -> None:
-    vocabulary = Vocabulary.read(str(place / "tokenizer"))
+    vocabulary = TokenizerVocabulary.read(str(place / "tokenizer"))
     tiny = make_model(settings(place, tmp_path, config_name="tiny"), vocabulary)
     assert (tiny.config.num_attention_heads, tiny.config.intermediate_size) == (2, 512)
     small = make_model(settings(place, tmp_path, config_name="electra-small", objective="electra"), vocabulary)

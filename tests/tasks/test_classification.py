@@ -153,7 +153,7 @@ def test_other_bad_input():
         Classification(metric_names=("accuracy", "bleu"))
     with pytest.raises(ValueError, match="labels has a name twice: a, a"):
         Classification(labels=("a", "a"))
-    with pytest.raises(ValueError, match="no examples to train on"):
+    with pytest.raises(ValueError, match="there are no examples"):
         Classification().learn([])
     with pytest.raises(ValueError, match="example 7 is a TokensExample, expected a TextExample"):
         Classification().learn([TokensExample("7", ("a",), ("O",))])

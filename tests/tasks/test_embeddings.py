@@ -15,7 +15,8 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from bert_fast import reference
 from bert_fast.data.examples import SentencesExample, TextExample
 from bert_fast.embedder import Embedder
-from bert_fast.loading import build, from_pretrained, save_pretrained
+from bert_fast.loading import build, from_pretrained
+from bert_fast.saving import save_pretrained
 from bert_fast.sentence_embedding import POOLING_MODES
 from bert_fast.tasks.registry import load_task, make_task, save_task
 from bert_fast.tokenization import Tokenizer
@@ -277,8 +278,8 @@ def test_the_task_comes_back_from_its_file(tmp_path):
     ("options", "examples", "message"),
     [
         ({}, [], "there are no examples"),
-        ({}, [TextExample("7", "a", "b", "c")], "example 7 is a TextExample, expected two texts or more"),
-        ({}, [SentencesExample("7", ("a",))], "example 7 is a SentencesExample, expected two texts or more"),
+        ({}, [TextExample("7", "a", "b", "c")], "example 7 is a TextExample, expected a SentencesExample"),
+        ({}, [SentencesExample("7", ("a",))], "example 7 is a single text, expected two texts or more"),
         ({}, [*pairs(), *triplets()], "example 0 has 3 texts, but the first one has 2"),
         ({}, [*pairs(), *pairs([1.0] * 12)], "example 0 has a score, but the first one has none"),
         ({}, [*pairs([1.0] * 12), *pairs()], "example 0 has no score, but the first one has one"),

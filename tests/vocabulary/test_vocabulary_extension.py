@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from tiny_checkpoint import checkpoint
 
-from bert_fast import BertConfig, loading
+from bert_fast import BertConfig, loading, saving
 from bert_fast.embedder import Embedder
 from bert_fast.folders import resolve
 from bert_fast.modules import BertForMaskedLM
@@ -98,7 +98,7 @@ def test_a_masked_language_model_scores_a_new_word_as_its_pieces(tiny, tmp_path,
     options = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = BertForMaskedLM(BertConfig(**options, tie_word_embeddings=tied)).to(dtype).eval()
     torch.nn.init.normal_(model.cls.predictions.bias)
-    loading.save_pretrained(model, tmp_path / "model")
+    saving.save_pretrained(model, tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tiny / name, tmp_path / "model" / name)
     extension = extend(tmp_path / "model", WORDS, tmp_path / "longer")

@@ -1,0 +1,48 @@
+"""Whether a person is looking, and what they see: the one progress bar, and how wide a line may be. Free of torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+#: Seconds of work after which a bar appears that nobody asked for.
+DELAY = 2.0
+
+
+def is_watched() -> bool:
+    """Whether stderr, where bars are drawn, is a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def columns() -> int | None:
+    """The width of the terminal that stdout is; None where it is a file or a pipe."""
+    return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else None
+
+
+def progress_bar(
+    items: Iterable[Item] | None = None,
+    *,
+    total: int | None = None,
+    what: str | None = None,
+    unit: str = " texts",
+    show: bool | None = None,
+    **options: Any,
+) -> tqdm[Item]:
+    """A bar on stderr; inside another one it goes when it is done.
+
+    Args:
+        items: what to iterate over; None for a bar that is told by `update`, within `with`.
+        total: how many there will be; None for as many as `items` has, or nobody knows.
+        what: is done, as "counting words".
+        unit: what is counted, with the space before it.
+        show: None shows one on a terminal, for work of more than `DELAY` seconds.
+        options: others of tqdm.
+    """
+    wanted, delay = (is_watched(), DELAY) if show is None else (show, 0.0)
+    return tqdm(items, total=total, desc=what, unit=unit, disable=not wanted, delay=delay, leave=None, **options)

@@ -1,10 +1,10 @@
-"""The shape of a BERT: Hugging Face's field names and defaults, checked when it is made."""
+"""The shape of a BERT or an ELECTRA: Hugging Face's field names and defaults, checked when it is made."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -106,7 +106,7 @@ class BertConfig:
         values = dict(values)
         model_type = values.pop("model_type", cls.model_type)
         if model_type != cls.model_type:
-            raise ValueError(f"model_type is {model_type!r}; bert_fast knows: {cls.model_type}")
+            raise ValueError(f"model_type is {model_type!r}, expected {cls.model_type!r}")
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         num_labels = values.pop("num_labels", None)
         if values.get("id2label") is None:
@@ -140,6 +140,63 @@ class BertConfig:
     def to_json_string(self) -> str:
         """`to_dict` as the text of a `config.json`, by transformers' name, which its callbacks use."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+@dataclass
+class ElectraConfig(BertConfig):
+    """Configuration of an ELECTRA model, as `config.json` of a Hugging Face checkpoint holds it.
+
+    The defaults are ELECTRA-small's discriminator. Embeddings narrower or wider than the layers are projected.
+
+    `summary_...` say what scores the texts of multiple choice: act(dense(first token)), without dense where
+    `summary_use_proj` is False and without act where `summary_activation` is None, then dropout.
+    """
+
+    model_type: ClassVar[str] = "electra"
+
+    hidden_size: int = 256
+    num_attention_heads: int = 4
+    intermediate_size: int = 1024
+    embedding_size: int = 128
+    summary_type: str = "first"
+    summary_use_proj: bool = True
+    summary_activation: str | None = "gelu"
+    summary_last_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_width = isinstance(self.embedding_size, int) and self.embedding_size > 0
+        _require(is_width, self, "embedding_size", "a positive integer")
+        known = f"None or one of {', '.join(ACTIVATIONS)}"
+        _require(
+            not self.summary_activation or self.summary_activation in ACTIVATIONS, self, "summary_activation", known
+        )
+        probability = self.summary_last_dropout
+        _require(_is_number(probability) and 0.0 <= probability <= 1.0, self, "summary_last_dropout", "a probability")
+
+    def generator(self, hidden_size: float = 0.25, layers: float = 1.0) -> ElectraConfig:
+        """The generator of this discriminator, as google-research/electra makes it: `get_generator_config`.
+
+        Its heads have 64 channels, its feed-forward block four times its width; embeddings are the discriminator's.
+
+        Args:
+            hidden_size: part of the discriminator's width; 1/4 for small and large, 1/3 for base.
+            layers: part of the discriminator's layers.
+
+        Raises:
+            ValueError: a part is not above 0 and at most 1.
+        """
+        for name, part in (("hidden_size", hidden_size), ("layers", layers)):
+            if not 0 < part <= 1:
+                raise ValueError(f"generator_{name} is {part}, expected above 0 and at most 1")
+        width = max(1, round(self.hidden_size * hidden_size))
+        return replace(
+            self,
+            hidden_size=width,
+            num_hidden_layers=round(self.num_hidden_layers * layers),
+            num_attention_heads=next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0),
+            intermediate_size=4 * width,
+        )
 
 
 def _is_number(value: object) -> bool:

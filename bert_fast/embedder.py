@@ -15,8 +15,10 @@ from torch import Tensor
 
 from bert_fast import engine, ops
 from bert_fast.batching import RowBuffer, chunks, map_ahead, plan_batches
+from bert_fast.families import model_class
 from bert_fast.folders import resolve
 from bert_fast.loading import build, parse_device, read_config, read_state_dict
+from bert_fast.modules import BertModel
 from bert_fast.sentence_folder import Recipe
 from bert_fast.terminal import progress_bar
 from bert_fast.tokenization import TokenBatch, Tokenizer
@@ -72,8 +74,6 @@ class Embedder:
         local_files_only: bool = False,
         allow_pickle: bool = False,
     ) -> None:
-        from bert_fast.modules import BertModel
-
         self.device = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         engine.check_precision(precision, self.device, free_originals)
         self.precision = precision
@@ -81,7 +81,7 @@ class Embedder:
         self.recipe = Recipe.read(folder)
         config = read_config(self.recipe.transformer)
         state = read_state_dict(self.recipe.transformer, allow_pickle=allow_pickle)
-        self.model = build(BertModel, config, state, dtype=dtype, device=self.device)
+        self.model: BertModel = build(model_class(config), config, state, dtype=dtype, device=self.device)
         engine.set_precision(self.model, precision, self.model.engine)
         if free_originals:
             engine.release(self.model)

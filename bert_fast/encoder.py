@@ -51,8 +51,8 @@ def encode(
     """
     layers = bert.encoder.layer
     seeds = _seeds(bert, len(layers))
-    rows = _embed(bert.embeddings, ragged, seeds[0][0])
-    if (project := getattr(bert, "embeddings_project", None)) is not None:  # a transformers BERT knows of no such thing
+    rows = embed(bert.embeddings, ragged, seeds[0][0])
+    if (project := projection(bert)) is not None:
         rows = linear(rows, project.weight, project.bias).to(rows.dtype)  # autocast lowers products only
     if _may_overwrite(rows):
         rows = _encode_in_place(bert, rows, ragged, hidden_act, num_heads, hidden_states)
@@ -79,6 +79,11 @@ def encode(
         if hidden_states is not None:
             hidden_states.append(rows)
     return rows
+
+
+def projection(bert: Any) -> Any:
+    """What brings its embeddings to the width of the layers; None where they have it, as in every BERT."""
+    return getattr(bert, "embeddings_project", None)  # transformers' classes have no such attribute then
 
 
 def encode_first(bert: Any, ragged: Ragged, hidden_act: str, num_heads: int) -> Tensor:
@@ -226,7 +231,8 @@ def _split_heads(attention: Any, rows: Tensor, num_heads: int) -> tuple[Tensor, 
     return _Split.apply(qkv)
 
 
-def _embed(embeddings: Any, ragged: Ragged, seed: Tensor | None) -> Tensor:
+def embed(embeddings: Any, ragged: Ragged, seed: Tensor | None = None) -> Tensor:
+    """The rows of the embeddings, (num_tokens, embedding_size), with dropout where they are in training."""
     norm = embeddings.LayerNorm
     return ops.embedding_layer_norm(
         ragged.input_ids,

@@ -45,13 +45,14 @@ class Head(nn.Module):
 
     Attributes:
         base: the encoder's class, which a subclass names.
-        prefix: what the names of the encoder's parameters begin with in a checkpoint.
+        prefix: what the names of the encoder's parameters begin with in a checkpoint, which is its name here.
         pooled: whether the head reads the pooler's output.
-        pooled_only: whether it reads nothing else.
+        pooled_only: whether it reads nothing but that, or the rows of the first tokens.
         other_labels: names of the targets it takes besides `labels`.
         kept_with_loss: fields of the output that are there with `loss_only`, too.
     """
 
+    bert: Any
     base: type[Any]
     prefix: str = "bert."
     pooled: bool = True
@@ -62,7 +63,7 @@ class Head(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
-        self.bert = self.base(config, add_pooling_layer=self.pooled)
+        self.add_module(self.prefix.removesuffix("."), self.base(config, add_pooling_layer=self.pooled))
 
     @property
     def shapes(self) -> tuple[BertConfig, ...]:
@@ -191,11 +192,16 @@ class BertForMaskedLM(_PreTrainingHead):
     masked_lm = True
     pooled = False
 
+    def scores(self, rows: Tensor) -> Tensor:
+        """Of every word: (num_rows, hidden_size) -> (num_rows, vocab_size)."""
+        scores: Tensor = self.cls.predictions(rows)
+        return scores
+
     def read(
         self, encoded: Encoded, labels: Tensor | None, divisor: float | None = None, **targets: Tensor | None
     ) -> LogitsOutput:
         """logits (batch_size, seq_len, vocab_size)."""
-        logits = encoded.pad(self.cls.predictions(encoded.rows))
+        logits = encoded.pad(self.scores(encoded.rows))
         loss = None if labels is None else token_loss(logits, labels, encoded, divisor)
         return LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
@@ -249,12 +255,21 @@ class _Classifier(Head):
         super().__init__(config)
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(config.hidden_size, self.num_outputs(config))
+        self.classifier = self.make_classifier(config)
         initialize(self.classifier, config)
+
+    def make_classifier(self, config: BertConfig) -> nn.Module:
+        """(..., hidden_size) -> (..., num_outputs)."""
+        return nn.Linear(config.hidden_size, self.num_outputs(config))
 
     def num_outputs(self, config: BertConfig) -> int:
         """Width of the classifier."""
         return config.num_labels
+
+    def summary(self, encoded: Encoded) -> Tensor:
+        """What a classifier of texts reads, (batch_size, hidden_size)."""
+        summary: Tensor = self.dropout(encoded.pooler_output)
+        return summary
 
 
 class BertForSequenceClassification(_Classifier):
@@ -269,7 +284,7 @@ class BertForSequenceClassification(_Classifier):
         self, encoded: Encoded, labels: Tensor | None, divisor: float | None = None, **targets: Tensor | None
     ) -> LogitsOutput:
         """logits (batch_size, num_labels)."""
-        logits = self.classifier(self.dropout(encoded.pooler_output))
+        logits = self.classifier(self.summary(encoded))
         loss = None if labels is None else self.loss_of(logits, labels, divisor)
         return LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)
 
@@ -335,7 +350,7 @@ class BertForMultipleChoice(_Classifier):
         )
         inputs = BertInputs(ids, mask, types, positions, embeds, **options)
         encoded = self.bert.encode_batch(inputs, pooled_only=True)
-        logits = self.classifier(self.dropout(encoded.pooler_output)).view(given.shape[:2])
+        logits = self.classifier(self.summary(encoded)).view(given.shape[:2])
         divisor = divisor_of(num_items_in_batch)
         loss = None if labels is None else cross_entropy(logits, labels, divisor)
         output = LogitsOutput(loss, logits, encoded.hidden_states, encoded.attentions)

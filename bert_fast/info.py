@@ -25,10 +25,13 @@ def describe(path_or_id: str | Path) -> str:
     num_bytes = sum(tensor.nbytes for tensor in weights.values())
     positions = config.max_position_embeddings
     max_length = min(recipe.max_seq_length or tokenizer.model_max_length or positions, positions)
+    width = f"hidden_size {config.hidden_size}"
+    if config.embedding_size != config.hidden_size:
+        width += f" (embeddings {config.embedding_size})"
     facts = [
         ("folder", str(folder)),
         ("architecture", ", ".join(config.extra.get("architectures") or ["not said"])),
-        ("layers", f"{config.num_hidden_layers}, hidden_size {config.hidden_size}, {config.num_attention_heads} heads"),
+        ("layers", f"{config.num_hidden_layers}, {width}, {config.num_attention_heads} heads"),
         ("feed-forward", f"intermediate_size {config.intermediate_size}, {config.hidden_act}"),
         ("vocabulary", f"{config.vocab_size:,} tokens, {positions} positions, {config.type_vocab_size} token types"),
         ("parameters", f"{num_parameters:,} in {len(weights)} tensors, {', '.join(dtypes)}"),

@@ -12,9 +12,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from bert_fast import heads
+from bert_fast import families, heads
 from bert_fast.config import BertConfig
-from bert_fast.folders import CONFIG_FILE, resolve
+from bert_fast.folders import CONFIG_FILE, read_json, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -33,19 +33,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 #: Where the parameters of transformers' BERT live: the part every model needs, and the heads one may leave out.
 ENCODER_PREFIXES = ("embeddings.", "embeddings_project.", "encoder.")
 HEAD_PREFIXES = (
-    "pooler.", "cls.", "classifier.", "qa_outputs.", "discriminator_predictions.", "generator_predictions.",
-    "generator_lm_head.",
+    "pooler.", "cls.", "classifier.", "qa_outputs.", "sequence_summary.", "discriminator_predictions.",
+    "generator_predictions.", "generator_lm_head.",
 )  # fmt: skip
+
+#: The weights that have a row for each label, by the names that families give them.
+CLASSIFIERS = ("classifier.weight", "classifier.out_proj.weight")
 
 #: What a model with a head puts before the names of its encoder's parameters.
 MODEL_PREFIXES = ("bert.", "electra.")
 
 
 def read_config(folder: Path) -> BertConfig:
-    """The `config.json` of a checkpoint; ValueError when there is none or it is not BERT's."""
+    """The `config.json` of a checkpoint; ValueError when there is none, or it is of no family that we have."""
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder} has no {CONFIG_FILE}")
-    return BertConfig.from_json_file(folder / CONFIG_FILE)
+    return families.make_config(read_json(folder / CONFIG_FILE))
 
 
 def read_state_dict(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
@@ -117,12 +120,12 @@ def from_pretrained(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> nn.Module:
-    """The fast BERT with the weights of a checkpoint, in evaluation mode.
+    """The fast BERT or ELECTRA with the weights of a checkpoint, in evaluation mode.
 
     Args:
         path_or_id: a folder, a Hub id or `demo`, as `resolve` takes it.
-        head: None for the `BertModel` alone, or a name of `bert_fast.modules.HEADS`. What the checkpoint lacks of a
-            head is initialised afresh, with a warning that lists it.
+        head: None for the encoder alone, or a name of `bert_fast.modules.HEADS`. What the checkpoint lacks of a head is
+            initialised afresh, with a warning that lists it.
         config: fields of `config.json` in place of the checkpoint's, as `id2label` or `hidden_dropout_prob`. A
             classifier of another number of labels than these then starts afresh, too, with a warning.
         dtype: of the parameters; None keeps the checkpoint's own.
@@ -131,24 +134,23 @@ def from_pretrained(
         revision, local_files_only: as in `resolve`.
 
     Returns:
-        A `bert_fast.modules.BertModel`, with a pooler if the checkpoint has one, or the head's model.
+        A `bert_fast.modules.BertModel`, with a pooler if the checkpoint has one, or the head's model; of ELECTRA those
+        of `bert_fast.electra`.
 
     Raises:
-        ValueError: the checkpoint is not found, is damaged, or does not fit its config; the message names what.
+        ValueError: the checkpoint is not found, is damaged, is of none of `bert_fast.families`, or does not fit its
+            config; or its family has no such head. The message names what.
     """
-    from bert_fast.modules import HEADS
-
-    if head not in HEADS:
-        raise ValueError(f"head is {head!r}, expected None or one of {', '.join(str(h) for h in HEADS if h)}")
     folder = resolve(path_or_id, revision=revision, local_files_only=local_files_only, allow_pickle=allow_pickle)
-    state = read_state_dict(folder, allow_pickle=allow_pickle)
     fields = replaced(read_config(folder), config or {})
-    return build(HEADS[head], fields, state, dtype=dtype, device=device, new_classifier=config is not None)
+    kind = families.model_class(fields, head)
+    state = read_state_dict(folder, allow_pickle=allow_pickle)
+    return build(kind, fields, state, dtype=dtype, device=device, new_classifier=config is not None)
 
 
 def replaced(config: BertConfig, fields: Mapping[str, Any]) -> BertConfig:
     """The config with other values of these fields, or with these besides; ValueError for an impossible value."""
-    return BertConfig.from_dict({**config.to_dict(), **fields})
+    return type(config).from_dict({**config.to_dict(), **fields})
 
 
 def build(
@@ -160,7 +162,7 @@ def build(
     device: torch.device | str | None = None,
     new_classifier: bool = False,
 ) -> Model:
-    """A model of `bert_fast.modules` or `bert_fast.reference` with a copy of the weights `state`, in evaluation mode.
+    """A model of `bert_fast.modules`, `electra` or `reference` with a copy of the weights `state`, in evaluation mode.
 
     Names may be those of an older checkpoint (`LayerNorm.gamma`, `position_ids`) or of another model over the same
     encoder: `bert.` or `electra.` is put on or taken off. With `new_classifier`, one that has another number of labels
@@ -218,10 +220,11 @@ def _renamed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _without_other_classifier(state: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """The weights without a classifier of another number of labels."""
-    name = "classifier.weight"
-    if name not in state or name not in parameters or state[name].shape == parameters[name].shape:
+    names = [name for name in CLASSIFIERS if name in state and name in parameters]
+    others = [name for name in names if state[name].shape != parameters[name].shape]
+    if not others:
         return state
-    had, has = state[name].shape[0], parameters[name].shape[0]
+    had, has = state[others[0]].shape[0], parameters[others[0]].shape[0]
     warnings.warn(f"the checkpoint's classifier has {had} outputs, but {has} are wanted: it is left out", stacklevel=4)
     return {key: tensor for key, tensor in state.items() if not key.startswith("classifier.")}
 

@@ -159,6 +159,7 @@ class BertModel(Pretrained, reference.BertModel):
             rows=rows,
             pad=padding.pad,
             keep=None if inputs.attention_mask is None else inputs.attention_mask != 0,
+            first=first,
             pooler_output=None if self.pooler is None else self.pooler(first),
             cu_seqlens=inputs.cu_seq_lens_q,
             hidden_states=None if hidden_states is None else tuple(padding.pad(state) for state in hidden_states),
@@ -175,7 +176,9 @@ class BertModel(Pretrained, reference.BertModel):
         return masked_lm.encode_labelled(self, packed, self.config, ragged, padding, labels)
 
     def _obstacle(self) -> str | None:
-        return obstacle(self.embeddings, _KNOWN) or obstacle(self.encoder, _KNOWN)
+        parts = (self.embeddings, self.embeddings_project, self.encoder)
+        reasons = (obstacle(part, _KNOWN) for part in parts if part is not None)
+        return next(filter(None, reasons), None)
 
 
 class BertForMaskedLM(Pretrained, heads.BertForMaskedLM):

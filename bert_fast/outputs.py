@@ -88,6 +88,8 @@ class Encoded:
         rows: (..., hidden_size), one row per token; which leading shape is the encoder's business.
         pad: brings anything per row, (..., features), to the caller's (batch_size, seq_len, features).
         keep: (batch_size, seq_len) bool, True where a token is; None where all are.
+        first: (batch_size, hidden_size), the row of the first token kept of each sequence, zeros for one without
+            tokens; None where nobody asked for it.
         pooler_output: (batch_size, hidden_size), or None without a pooler.
         cu_seqlens: (num_texts + 1,), where the texts of a packed batch start; None for a padded one.
         hidden_states, attentions: as asked for, in the caller's shape.
@@ -96,6 +98,7 @@ class Encoded:
     rows: Tensor
     pad: Callable[[Tensor], Tensor]
     keep: Tensor | None = None
+    first: Tensor | None = None
     pooler_output: Tensor | None = None
     cu_seqlens: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_fast import heads, sentence_embedding
+from bert_fast import electra_heads, heads, sentence_embedding
 from bert_fast.activation import activation
 from bert_fast.config import BertConfig
 from bert_fast.inputs import BertInputs
@@ -193,7 +193,7 @@ class BertModel(nn.Module):
     def encode_batch(self, inputs: BertInputs, pooled_only: bool = False) -> Encoded:
         """The hidden rows of a batch, here padded as the caller gave it.
 
-        `pooled_only` says that nobody will read them, but the pooler's output alone.
+        `pooled_only` says that nobody will read them, but those of the first tokens, or the pooler's output alone.
         """
         batch = inputs.checked(self.config)
         words = self.embeddings.word_embeddings(batch.input_ids) if batch.inputs_embeds is None else batch.inputs_embeds
@@ -206,11 +206,13 @@ class BertModel(nn.Module):
             hidden_states.append(hidden)
             attentions.append(probabilities)
         hidden = hidden_states[-1] = hidden.masked_fill(~batch.keep[..., None], 0.0)
+        first = batch.first_tokens(hidden) if pooled_only or self.pooler is not None else None
         return Encoded(
             rows=hidden,
             pad=lambda rows: rows,
             keep=batch.mask,
-            pooler_output=None if self.pooler is None else self.pooler(batch.first_tokens(hidden)),
+            first=first,
+            pooler_output=None if self.pooler is None else self.pooler(first),
             cu_seqlens=inputs.cu_seq_lens_q,
             hidden_states=tuple(hidden_states) if inputs.output_hidden_states else None,
             attentions=tuple(attentions) if inputs.output_attentions else None,
@@ -263,3 +265,52 @@ class BertForSentenceEmbedding(sentence_embedding.BertForSentenceEmbedding):
     """The plain BERT with pooling."""
 
     base = BertModel
+
+
+class ElectraModel(BertModel):
+    """The plain BERT with embeddings that may be of another width; it has no pooler."""
+
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = False) -> None:
+        super().__init__(config, add_pooling_layer)
+
+
+class ElectraForMaskedLM(electra_heads.ElectraForMaskedLM):
+    """ELECTRA's generator over the plain encoder."""
+
+    base = ElectraModel
+
+
+class ElectraForPreTraining(electra_heads.ElectraForPreTraining):
+    """ELECTRA's discriminator over the plain encoder."""
+
+    base = ElectraModel
+
+
+class ElectraForSequenceClassification(electra_heads.ElectraForSequenceClassification):
+    """The plain ELECTRA with a classifier of texts."""
+
+    base = ElectraModel
+
+
+class ElectraForTokenClassification(electra_heads.ElectraForTokenClassification):
+    """The plain ELECTRA with a classifier of tokens."""
+
+    base = ElectraModel
+
+
+class ElectraForQuestionAnswering(electra_heads.ElectraForQuestionAnswering):
+    """The plain ELECTRA with a span head."""
+
+    base = ElectraModel
+
+
+class ElectraForMultipleChoice(electra_heads.ElectraForMultipleChoice):
+    """The plain ELECTRA with a scorer of choices."""
+
+    base = ElectraModel
+
+
+class ElectraForSentenceEmbedding(electra_heads.ElectraForSentenceEmbedding):
+    """The plain ELECTRA with pooling."""
+
+    base = ElectraModel

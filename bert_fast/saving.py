@@ -14,7 +14,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from bert_fast import sentence_folder
+from bert_fast import families, sentence_folder
 from bert_fast.config import BertConfig
 from bert_fast.disk import sync
 from bert_fast.folders import CONFIG_FILE
@@ -71,18 +71,19 @@ def write_files(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | No
     values = parameters if state is None else state
     weights = {name: values[name].detach().cpu().contiguous() for name in names}
     ours = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("bert_fast."))
-    config = cast(BertConfig, model.config).to_dict()
+    shape = cast(BertConfig, model.config)
+    config = shape.to_dict()
     config.pop("torch_dtype", None)  # the older name of the same thing
     is_embedding = isinstance(model, BertForSentenceEmbedding)  # which transformers knows as the encoder that it is
     config |= {
-        "architectures": ["BertModel" if is_embedding else ours.__name__],
+        "architectures": [(families.model_class(shape) if is_embedding else ours).__name__],
         "dtype": dtype_name(next(iter(weights.values())).dtype),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_weights(weights, folder / WEIGHTS_FILE)
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors lets only the owner read it
     if isinstance(model, BertForSentenceEmbedding):
-        settings, dimension = model.settings, cast(BertConfig, model.config).hidden_size
+        settings, dimension = model.settings, shape.hidden_size
         sentence_folder.write(
             folder,
             settings.pooling_mode,

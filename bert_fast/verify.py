@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert_fast import ops, reference
+from bert_fast import ops
 from bert_fast.embedder import Embedder
+from bert_fast.families import model_class
 from bert_fast.loading import build
 from bert_fast.terminal import progress_bar
 from bert_fast.tokenization import TokenBatch
@@ -174,10 +175,10 @@ def verify(
         raise ValueError("there are no texts to verify on")
     embedder = Embedder(path_or_id, dtype=dtype, precision=precision, device=device)
     fast, config = embedder.model, embedder.model.config
-    weights = fast.state_dict()
+    weights, kind = fast.state_dict(), model_class(config, plain=True)
     dtype = PLAIN_DTYPES.get(precision or "", next(fast.parameters()).dtype)
-    plain = build(reference.BertModel, config, weights, dtype=dtype, device=embedder.device)
-    truth = build(reference.BertModel, config, weights, dtype=torch.float64, device=embedder.device)
+    plain = build(kind, config, weights, dtype=dtype, device=embedder.device)
+    truth = build(kind, config, weights, dtype=torch.float64, device=embedder.device)
 
     names = ["embeddings", *(f"layer {i}" for i in range(1, config.num_hidden_layers + 1)), "sentence vector"]
     limit = MAX_ERRORS.get(precision or "")

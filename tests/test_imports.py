@@ -25,7 +25,8 @@ ALLOWED = {
     "losses": {"checks", "outputs"},
     "heads": LIGHT,
     "sentence_embedding": LIGHT | {"heads"},
-    "reference": LIGHT | {"heads", "sentence_embedding"},
+    "electra_heads": LIGHT | {"heads", "sentence_embedding"},
+    "reference": LIGHT | {"heads", "electra_heads", "sentence_embedding"},
     "ops": {"kernels", "_C", "ops", "checks"},
     "encoder": LIGHT | {"ops"},
     "engine": LIGHT | {"encoder", "engine", "kernels", "ops", "_C"},
@@ -33,7 +34,8 @@ ALLOWED = {
     "modules": LIGHT
     | {"encoder", "engine", "masked_lm"}
     | {"heads", "reference", "ops", "saving", "sentence_embedding"},
-    "electra": LIGHT | {"encoder", "engine", "masked_lm", "modules"} | {"heads", "reference", "folders", "loading"},
+    "electra": LIGHT | {"encoder", "masked_lm", "modules", "heads", "electra_heads", "saving"},
+    "families": {"config", "electra", "modules", "reference"},
     "drop_in_forward": LIGHT | {"encoder", "engine", "masked_lm", "modules", "ops"},
     "drop_in": LIGHT | {"drop_in_forward", "engine"},
 }

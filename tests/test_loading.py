@@ -343,7 +343,9 @@ def test_bad_indexes(folder, index, message):
 
 
 def test_bad_arguments(folder, tmp_path):
-    with pytest.raises(ValueError, match="head is 'masked', expected None or one of masked_lm, next_sentence"):
+    with pytest.raises(
+        ValueError, match="head is 'masked', expected None or, for bert, one of masked_lm, next_sentence"
+    ):
         from_pretrained(folder, "masked")
     with pytest.raises(ValueError, match="dtype is int8, expected one of float32"):
         from_pretrained(folder, dtype="int8")

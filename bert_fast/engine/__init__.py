@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from bert_fast import activation, ops
 from bert_fast.checks import is_recorded, is_transformed
+from bert_fast.encoder import projection
 from bert_fast.engine.cpu import ACTIVATIONS, LINEAR_MODULES, PackedEngine, TorchEngine, embedding_tables, prefers_torch
 from bert_fast.engine.fingerprint import fingerprint
 from bert_fast.engine.gpu import MAX_HEAD_DIM, GpuEngine
-from bert_fast.inputs import BertInputs
+from bert_fast.engine.projected import ProjectedEngine
+from bert_fast.inputs import BertInputs, TableSizes
 from bert_fast.ragged import Padding, Ragged
 
 #: What the products are computed in, by the type of the device. fp32 is exact to rounding; bf16 and fp16 round weights
@@ -174,10 +176,13 @@ def _look(
     obstacle: Callable[[], str | None],
 ) -> _Slot:
     """Look at a tree that is new or has changed; its weights stay packed if they have not."""
-    parameters = [*bert.embeddings.parameters(), *bert.encoder.parameters()]
+    project = projection(bert)
+    parts = (bert.embeddings, bert.encoder, *(() if project is None else (project,)))
+    parameters = [parameter for part in parts for parameter in part.parameters()]
+    width = TableSizes.of(bert.embeddings).embedding_size if project is None else project.weight.shape[0]
     differentiable = any(parameter.requires_grad for parameter in parameters)
     packed = slot.packed if slot is not None and slot.fingerprint[1] == found[1] else None
-    serves = _is_servable(parameters, precision, hidden_act, num_heads) and obstacle() is None
+    serves = _is_servable(parameters, precision, hidden_act, width // num_heads) and obstacle() is None
     serves = serves and not any(
         isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in bert.modules()
     )
@@ -191,10 +196,11 @@ def _pack(bert: Any, hidden_act: str, num_heads: int, precision: str | None) -> 
         return GpuEngine(bert, hidden_act, num_heads, wanted)
     if prefers_torch(wanted):
         return TorchEngine(bert, hidden_act, num_heads)
-    return PackedEngine(bert, hidden_act, num_heads, wanted)
+    kind = PackedEngine if projection(bert) is None else ProjectedEngine
+    return kind(bert, hidden_act, num_heads, wanted)
 
 
-def _is_servable(parameters: list[nn.Parameter], precision: str | None, hidden_act: str, num_heads: int) -> bool:
+def _is_servable(parameters: list[nn.Parameter], precision: str | None, hidden_act: str, head_dim: int) -> bool:
     """Whether there is an engine for parameters like these."""
     kinds = {(parameter.device, parameter.dtype) for parameter in parameters}
     if len(kinds) > 1:
@@ -205,7 +211,6 @@ def _is_servable(parameters: list[nn.Parameter], precision: str | None, hidden_a
         return False
     if device.type == "cpu":
         return dtype in (torch.float32, torch.bfloat16) and hidden_act in ACTIVATIONS
-    head_dim = parameters[0].shape[-1] // num_heads
     has_kernels = head_dim <= MAX_HEAD_DIM and importlib.util.find_spec("triton") is not None
     return dtype in PRECISION_OF and hidden_act in activation.ACTIVATIONS and has_kernels
 
@@ -264,6 +269,8 @@ def release(bert: Any, keep: frozenset[int] = frozenset()) -> None:
         assert slot.packed is not None, "set_precision looked for it"
         bert.bert_fast_released = True
         packed = [layer.get_submodule(name).weight for layer in bert.encoder.layer for name in LINEAR_MODULES]
+        if (project := projection(bert)) is not None:
+            packed.append(project.weight)
         if slot.packed.precision != "fp32":
             packed += [table.weight for table in embedding_tables(bert.embeddings)]
         for parameter in packed:

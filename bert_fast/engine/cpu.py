@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bert_fast import ops
 from bert_fast.activation import GELU_FORMS
-from bert_fast.encoder import encode, first_tokens, has_matrix_unit
+from bert_fast.encoder import encode, first_tokens, has_matrix_unit, projection
 from bert_fast.inputs import BertInputs, TableSizes
 from bert_fast.ragged import Padding, Ragged
 
@@ -98,31 +98,21 @@ class PackedEngine:
         return result.rows, result.pooled.to(self._dtype), result.states
 
 
-class TorchEngine:
-    """bf16 by torch's own products, which use a CPU's matrix unit (AMX).
-
-    It runs the ops one by one over a bfloat16 copy of the modules. A text may then give other bits in another batch:
-    torch chooses its product by the batch's size.
+class OpByOp:
+    """What engines share that make the rows in Python.
 
     Args:
-        bert, hidden_act, num_heads: as in `PackedEngine`.
+        embeddings: with a Hugging Face checkpoint's names; their dtype is that of the rows.
     """
 
-    precision = "bf16"
+    precision: str
 
-    def __init__(self, bert: Any, hidden_act: str, num_heads: int) -> None:
-        self._dtype, self._sizes = bert.embeddings.word_embeddings.weight.dtype, TableSizes.of(bert.embeddings)
-        parts = {"embeddings": copy.deepcopy(bert.embeddings), "encoder": copy.deepcopy(bert.encoder)}
-        self._tree = nn.ModuleDict(parts).bfloat16().requires_grad_(False)
-        self._hidden_act, self._num_heads = hidden_act, num_heads
+    def __init__(self, embeddings: Any) -> None:
+        self._dtype, self._sizes = embeddings.word_embeddings.weight.dtype, TableSizes.of(embeddings)
 
     def rows(self, ragged: Ragged, hidden_states: list[Tensor] | None = None) -> Tensor:
         """See `Engine`."""
-        states: list[Tensor] | None = None if hidden_states is None else []
-        rows = encode(self._tree, ragged, self._hidden_act, self._num_heads, states)
-        if hidden_states is not None and states is not None:
-            hidden_states.extend(state.to(self._dtype) for state in states)
-        return rows.to(self._dtype)
+        raise NotImplementedError
 
     def vectors(self, ragged: Ragged, modes: Sequence[str], normalize: bool) -> Tensor:
         """See `Engine`."""
@@ -139,12 +129,40 @@ class TorchEngine:
         return _pad(self, inputs, want_states)
 
 
+class TorchEngine(OpByOp):
+    """bf16 by torch's own products, which use a CPU's matrix unit (AMX).
+
+    It runs the ops one by one over a bfloat16 copy of the modules. A text may then give other bits in another batch:
+    torch chooses its product by the batch's size.
+
+    Args:
+        bert, hidden_act, num_heads: as in `PackedEngine`; there may be an `embeddings_project`.
+    """
+
+    precision = "bf16"
+
+    def __init__(self, bert: Any, hidden_act: str, num_heads: int) -> None:
+        super().__init__(bert.embeddings)
+        parts = {"embeddings": bert.embeddings, "embeddings_project": projection(bert), "encoder": bert.encoder}
+        copies = {name: copy.deepcopy(part) for name, part in parts.items() if part is not None}
+        self._tree = nn.ModuleDict(copies).bfloat16().requires_grad_(False)
+        self._hidden_act, self._num_heads = hidden_act, num_heads
+
+    def rows(self, ragged: Ragged, hidden_states: list[Tensor] | None = None) -> Tensor:
+        """See `Engine`."""
+        states: list[Tensor] | None = None if hidden_states is None else []
+        rows = encode(self._tree, ragged, self._hidden_act, self._num_heads, states)
+        if hidden_states is not None and states is not None:
+            hidden_states.extend(state.to(self._dtype) for state in states)
+        return rows.to(self._dtype)
+
+
 def prefers_torch(precision: str) -> bool:
     """Whether torch's products are faster on this CPU than packed ones."""
     return precision == "bf16" and has_matrix_unit()
 
 
-def _pad(run: PackedEngine | TorchEngine, inputs: BertInputs, want_states: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _pad(run: PackedEngine | OpByOp, inputs: BertInputs, want_states: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     """`Engine.padded` by way of `rows`."""
     ragged, padding = run.pack(inputs)
     states: list[Tensor] = []

@@ -109,7 +109,7 @@ class GpuEngine:
         if table.is_cuda:  # the first forward may come on another stream than this one
             torch.cuda.current_stream(self.device).synchronize()
         intermediate_size = bert.encoder.layer[0].intermediate.dense.weight.shape[0] if bert.encoder.layer else 0
-        self._graph_tokens = graph_tokens(self._sizes.embedding_size, intermediate_size)
+        self._graph_tokens = graph_tokens(self._layers.hidden_size, intermediate_size)
         self._recorded_rows: Tensor | None = None  # where every recorded forward puts its rows
         self._graphs: Graphs[_Work, Inputs] | None = None
         if recorder is not None:
@@ -217,7 +217,7 @@ class GpuEngine:
     def _recordable_inputs(self, work: _Work) -> Inputs:
         if self._recorded_rows is None:
             num_rows = Bucket.rounded(self._graph_tokens, 1, 1).num_tokens
-            shape = (num_rows, self._sizes.embedding_size)
+            shape = (num_rows, self._layers.hidden_size)
             self._recorded_rows = torch.empty(shape, dtype=self._layers.dtype, device=self.device)
         return Inputs(work.bucket, self.device)
 

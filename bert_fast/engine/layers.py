@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_fast.activation import GELU_FORMS, activation
+from bert_fast.encoder import projection
 
 #: The dtype of the rows in each precision; fp8's is bfloat16, or that of the parameters if it has 16 bits.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -138,13 +139,15 @@ class Layers:
     for BERT-base in 16 bits. All other tensors are the parameters themselves where they have the precision's dtype.
 
     Args:
-        bert: has `embeddings` and `encoder` with a Hugging Face checkpoint's names, all of one dtype.
+        bert: has `embeddings` and `encoder` with a Hugging Face checkpoint's names, perhaps `embeddings_project`, of
+            one dtype.
         hidden_act: one of `activation.ACTIVATIONS`.
         num_heads: attention heads.
         precision: "fp32", "fp16", "bf16" or "fp8".
 
     Attributes:
         dtype: of the rows.
+        hidden_size: their width.
     """
 
     def __init__(self, bert: Any, hidden_act: str, num_heads: int, precision: str) -> None:
@@ -156,6 +159,11 @@ class Layers:
         tables = (embeddings.word_embeddings, embeddings.position_embeddings, embeddings.token_type_embeddings)
         self._tables = [self._cast(table.weight) for table in tables]
         self._norm = self._norm_of(embeddings.LayerNorm)
+        project = projection(bert)
+        self._project = None if project is None else self._dense(project)
+        self.hidden_size = int(
+            embeddings.word_embeddings.weight.shape[1] if project is None else project.weight.shape[0]
+        )
         self._layers = [
             _Layer(
                 qkv=self._dense(layer.attention.self.query, layer.attention.self.key, layer.attention.self.value),
@@ -208,12 +216,15 @@ class Layers:
 
         products, heads, norm = self._products, self._num_heads, self._norm
         word, position, token_type = self._tables
-        num_rows, hidden_size = input_ids.shape[0], word.shape[1]
+        num_rows, hidden_size = input_ids.shape[0], self.hidden_size
         scale = (hidden_size // heads) ** -0.5
-        targets = products.targets(num_rows, hidden_size, word.device)
+        targets = products.targets(num_rows, word.shape[1], word.device)
         ids = (input_ids, position_ids, token_type_ids)
         rows = embedding_layer_norm(*ids, word, position, token_type, norm.weight, norm.bias, norm.eps, 0.0, **targets)
         x = products.reads(rows, targets)
+        if self._project is not None:
+            rows = products.linear(x, *self._project)
+            x = products.reads(rows, {})
         order = None
         for i, layer in enumerate(self._layers):
             if states is not None:

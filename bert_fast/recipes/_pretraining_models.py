@@ -6,10 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bert_fast import electra, heads, loading, modules, reference, saving
-from bert_fast.config import BertConfig
+from bert_fast import heads, loading, reference, saving
+from bert_fast.config import BertConfig, ElectraConfig
 from bert_fast.data.encoding import TokenizerVocabulary
-from bert_fast.electra import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining, ElectraPretraining
+from bert_fast.electra import ElectraPretraining
+from bert_fast.families import make_config, model_class
 from bert_fast.folders import copy_tokenizer, read_json, resolve
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ SHAPES = {
 
 #: Layers, width and width of the embeddings of ELECTRA's discriminators (Clark et al., 2020).
 ELECTRA_SHAPES = {"electra-small": (12, 256, 128), "electra-base": (12, 768, 768), "electra-large": (24, 1024, 1024)}
+
+#: The head of a BERT that learns an objective.
+HEADS = {"mlm": "masked_lm", "nsp": "pre_training", "sop": "pre_training"}
 
 #: How fresh weights are drawn: transformers' way, and Google's.
 INITIALIZATIONS = ("normal", "truncated_normal")
@@ -58,11 +62,12 @@ def _fresh(settings: PretrainSettings, vocabulary: TokenizerVocabulary) -> Any:
     config = _config(settings, vocabulary)
     model: Any
     if isinstance(config, ElectraConfig):
-        base = reference.BertModel if settings.plain else electra.ElectraModel
         smaller = config.generator(settings.generator_hidden_size, settings.generator_layers)
-        model = ElectraPretraining(ElectraForMaskedLM(smaller, base), ElectraForPreTraining(config, base))
+        shapes = {"masked_lm": smaller, "pre_training": config}
+        parts = (model_class(shape, head, plain=settings.plain)(shape) for head, shape in shapes.items())
+        model = ElectraPretraining(*parts)
     else:
-        model = _class(settings)(config)
+        model = model_class(config, HEADS[settings.objective], plain=settings.plain)(config)
     if settings.initialization == "truncated_normal":
         heads.initialize(model, config, truncated=True)
         for part in model.modules():  # once more, as a decoder that shares the table has no row for padding
@@ -93,7 +98,6 @@ def _config(settings: PretrainSettings, vocabulary: TokenizerVocabulary) -> Bert
         fields = {name: value for name, value in read_json(file).items() if name not in ("architectures", "dtype")}
         if is_electra and fields.get("model_type") != "electra":
             fields = {"embedding_size": fields.get("hidden_size", BertConfig().hidden_size), **fields}
-            fields["model_type"] = "electra"
         fields.setdefault("vocab_size", vocabulary.size)
     else:
         known = [*SHAPES, *(ELECTRA_SHAPES if is_electra else ())]
@@ -101,34 +105,36 @@ def _config(settings: PretrainSettings, vocabulary: TokenizerVocabulary) -> Bert
     if is_electra and settings.embedding_size is not None:
         fields["embedding_size"] = settings.embedding_size
     fields["pad_token_id"] = vocabulary.ids["pad_token"]
-    return (ElectraConfig if is_electra else BertConfig).from_dict(fields)
-
-
-def _class(settings: PretrainSettings) -> Any:
-    module = reference if settings.plain else modules
-    return module.BertForMaskedLM if settings.objective == "mlm" else module.BertForPreTraining
+    config = make_config({**fields, "model_type": "electra"} if is_electra else fields)
+    _check_family(settings, config, name)
+    return config
 
 
 def _continued(settings: PretrainSettings) -> Any:
     folder = resolve(str(settings.model_name_or_path))
     if settings.objective != "electra":
-        return loading.build(
-            _class(settings), loading.read_config(folder), loading.read_state_dict(folder), dtype="float32"
-        )
+        return _loaded(settings, folder, HEADS[settings.objective])
     found = folder / "generator" if settings.generator_name_or_path is None else settings.generator_name_or_path
     if settings.generator_name_or_path is None and not Path(found).is_dir():
         raise ValueError(
             f"{folder} has no folder `generator`, and ELECTRA goes on with both: give generator_name_or_path"
         )
-    parts = []
-    for where, kind in ((resolve(found), ElectraForMaskedLM), (folder, ElectraForPreTraining)):
-        part: Any = electra.from_pretrained(where, kind).float()
-        if settings.plain:
-            plain = kind(part.config, reference.BertModel)
-            plain.load_state_dict(part.state_dict())
-            part = plain
-        parts.append(part)
-    return ElectraPretraining(*parts)
+    return ElectraPretraining(_loaded(settings, resolve(found), "masked_lm"), _loaded(settings, folder, "pre_training"))
+
+
+def _loaded(settings: PretrainSettings, folder: Path, head: str) -> Any:
+    config = loading.read_config(folder)
+    _check_family(settings, config, folder)
+    kind = model_class(config, head, plain=settings.plain)
+    return loading.build(kind, config, loading.read_state_dict(folder), dtype="float32")
+
+
+def _check_family(settings: PretrainSettings, config: BertConfig, what: Any) -> None:
+    expected = "electra" if settings.objective == "electra" else "bert"
+    if config.model_type != expected:
+        raise ValueError(
+            f"model_type of {what} is {config.model_type!r}, but objective {settings.objective!r} is for {expected!r}"
+        )
 
 
 def _check_sizes(vocabulary: TokenizerVocabulary, config: BertConfig, settings: PretrainSettings) -> None:

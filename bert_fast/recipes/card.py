@@ -10,6 +10,7 @@ from typing import Any
 
 from bert_fast import disk
 from bert_fast.data.catalogue import DATASETS
+from bert_fast.families import DEFAULT, family
 from bert_fast.folders import CONFIG_FILE, DEMO, read_json
 from bert_fast.recipes._runs import RESULTS_FILE
 
@@ -41,6 +42,7 @@ KINDS = {
     "multiple_choice": Kind("choosing among texts", "multiple-choice", "AutoModelForMultipleChoice"),
     "embeddings": Kind("vectors of texts", "sentence-similarity", "AutoModel"),
     "pretraining": Kind("filling masks, and fine-tuning", "fill-mask", "AutoModelForMaskedLM"),
+    "discriminator": Kind("finding replaced words, and fine-tuning", "feature-extraction", "AutoModelForPreTraining"),
 }
 
 #: Ids on the Hub of the data sets of the catalogue, and the configurations there; all of GLUE has one id.
@@ -82,7 +84,7 @@ def write_card(folder: str | Path, title: str | None = None) -> Path:
     if not (folder / RESULTS_FILE).is_file():
         raise ValueError(f"{folder} has no {RESULTS_FILE} to write a card from")
     results, config = read_json(folder / RESULTS_FILE), read_json(folder / CONFIG_FILE)
-    name = results.get("kind", "pretraining")
+    name = results.get("kind", "discriminator" if results.get("objective") == "electra" else "pretraining")
     if name not in KINDS or "settings" not in results:
         raise ValueError(f"{folder / RESULTS_FILE} is not what finetune or pretrain leaves: its kind is {name!r}")
     kind, title = KINDS[name], title or folder.resolve().name
@@ -98,7 +100,8 @@ def write_card(folder: str | Path, title: str | None = None) -> Path:
         "## What this card does not say\n\nThe languages of the data, its licence and that of the checkpoint it began "
         "with are not known to the program that wrote this card. Add them before you publish it.",
     ]
-    text = f"---\n{_front_matter(results, name, kind, title, base, scores)}\n---\n\n" + "\n\n".join(sections) + "\n"
+    front_matter = _front_matter(results, name, kind, title, base, scores, config.get("model_type", DEFAULT))
+    text = f"---\n{front_matter}\n---\n\n" + "\n\n".join(sections) + "\n"
     with disk.written_at_once(folder / CARD_FILE) as file:
         file.write(text.encode())
     return folder / CARD_FILE
@@ -113,7 +116,13 @@ def _scores(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _front_matter(
-    results: Mapping[str, Any], name: str, kind: Kind, title: str, base: str | None, scores: Mapping[str, Any]
+    results: Mapping[str, Any],
+    name: str,
+    kind: Kind,
+    title: str,
+    base: str | None,
+    scores: Mapping[str, Any],
+    model_type: str,
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -138,7 +147,7 @@ def _front_matter(
     given: dict[str, Any] = {
         "library_name": "sentence-transformers" if name == "embeddings" else "transformers",
         "pipeline_tag": kind.pipeline_tag,
-        "tags": ["bert", "bert_fast", *(["sentence-transformers"] if name == "embeddings" else [])],
+        "tags": [model_type, "bert_fast", *(["sentence-transformers"] if name == "embeddings" else [])],
         "base_model": _hub_id(base),
         "datasets": [hub_id] if hub_id else None,
         "metrics": sorted(metrics) or None,
@@ -165,8 +174,9 @@ def _introduction(kind: Kind, base: str | None, config: Mapping[str, Any]) -> st
     began = "from fresh weights" if base is None else f"from `{_hub_id(base) or Path(base).name}`"
     shape = f"{config['num_hidden_layers']} layers of width {config['hidden_size']}"
     positions = config["max_position_embeddings"]
+    title = family(config.get("model_type", DEFAULT)).title
     return (
-        f"A BERT for {kind.title}, trained with bert_fast {began}: {shape}, "
+        f"{title[0].upper()}{title[1:]} for {kind.title}, trained with bert_fast {began}: {shape}, "
         f"{config['vocab_size']:,} tokens in its vocabulary, texts of up to {positions} tokens."
     )
 
@@ -230,6 +240,9 @@ def _loading(name: str, kind: Kind, title: str) -> str:
         parts += [_block("bert_fast", "python", ours), _block("sentence-transformers", "python", theirs)]
     else:
         command = f"bert-fast predict {title} FILE --output predictions.jsonl"
+        if name == "discriminator":
+            command = f"bert-fast finetune --model_name_or_path {title} --task_name classification --train_file FILE"
+            command += " --output_dir OUTPUT"
         if name == "pretraining":
             command = f'bert-fast fill {title} "A text with a [MASK]."'
         theirs = f'model = {kind.auto_class}.from_pretrained("{title}")\n'

@@ -15,8 +15,8 @@ import torch
 
 from bert_fast import disk
 from bert_fast.benchmarking import markdown_table
-from bert_fast.config import BertConfig
 from bert_fast.data.catalogue import read
+from bert_fast.families import make_config
 from bert_fast.folders import read_json, resolve
 from bert_fast.heads import Head
 from bert_fast.loading import from_pretrained
@@ -239,7 +239,7 @@ def _student(settings: DistillSettings, tuned: FineTuned) -> Head:
     if settings.student_layers is not None:
         return student_of(teacher, shallower(teacher.config, settings.student_layers))
     if settings.student_config is not None:
-        return student_of(teacher, BertConfig.from_dict(read_json(Path(settings.student_config))))
+        return student_of(teacher, make_config(read_json(Path(settings.student_config))))
     folder = resolve(str(settings.student))
     mine, theirs = read_tokenizer(folder).backend.get_vocab(), tuned.tokenizer.backend.get_vocab()
     if mine != theirs:

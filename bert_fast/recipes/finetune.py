@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bert_fast import disk, reference
+from bert_fast import disk
 from bert_fast.data.catalogue import read, splits_in
 from bert_fast.data.examples import Examples
+from bert_fast.families import model_class
 from bert_fast.folders import copy_tokenizer, resolve
 from bert_fast.heads import Head
 from bert_fast.loading import build, read_config, read_state_dict, replaced
-from bert_fast.modules import HEADS
 from bert_fast.recipes._runs import RESULTS_FILE, training_arguments, versions
 from bert_fast.recipes._splits import Split, beside, make_split, reading, sampled, task_of, write_predictions
 from bert_fast.recipes.card import write_card
@@ -237,12 +237,9 @@ def _keep_order(task: Any, config: Any) -> None:
 
 
 def _model(folder: Path, config: Any, task: Task, plain: bool) -> Head:
-    model_class: Any = HEADS[task.head]
-    if plain:
-        model_class = getattr(reference, model_class.__name__)
     fields = replaced(config, task.config())
-    state = read_state_dict(folder)
-    model: Head = build(model_class, fields, state, dtype="float32", new_classifier=True)
+    kind = model_class(fields, task.head, plain=plain)
+    model: Head = build(kind, fields, read_state_dict(folder), dtype="float32", new_classifier=True)
     return model
 
 

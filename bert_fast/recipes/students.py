@@ -53,6 +53,11 @@ def student_of(teacher: Head, config: BertConfig) -> Head:
         ValueError: the student is larger than the teacher somewhere, or has another vocabulary; the message says where.
     """
     theirs = teacher.config
+    if config.model_type != theirs.model_type:
+        raise ValueError(
+            f"the student's model_type is {config.model_type!r}, the teacher's {theirs.model_type!r}, whose weights it "
+            "is to start from; --student takes a trained model of any family"
+        )
     if config.vocab_size != theirs.vocab_size:
         raise ValueError(
             f"the student's vocab_size is {config.vocab_size}, the teacher's {theirs.vocab_size}: they read the same "
@@ -61,6 +66,7 @@ def student_of(teacher: Head, config: BertConfig) -> Head:
     for name in (
         "num_hidden_layers",
         "hidden_size",
+        "embedding_size",
         "intermediate_size",
         "max_position_embeddings",
         "type_vocab_size",

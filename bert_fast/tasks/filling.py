@@ -14,14 +14,17 @@ from tokenizers import decoders
 from torch import Tensor
 
 from bert_fast.batching import plan_batches
+from bert_fast.families import model_class
 from bert_fast.folders import read_json, resolve
 from bert_fast.loading import build, parse_device, read_config, read_state_dict
-from bert_fast.modules import BertForMaskedLM
 from bert_fast.ragged import Ragged
 from bert_fast.tokenization import SPECIAL_TOKENS, Tokenizer
 
 #: Fewest ways to fill several masks that are kept while the next one is filled.
 BEAM = 8
+
+#: What the names of a masked-language-model head's weights have in them, in a BERT and in ELECTRA's generator.
+PREDICTIONS = ("cls.predictions.transform", "generator_predictions")
 
 #: Tokens of a run of the model, about.
 RUN_TOKENS = 4096
@@ -77,12 +80,14 @@ class MaskFiller:
         self.device = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         folder = resolve(path_or_id)
         state = read_state_dict(folder)
-        if not any(name.startswith("cls.predictions.transform.") for name in state):
+        if not any(part in name for name in state for part in PREDICTIONS):
             raise ValueError(
-                f"{path_or_id} has no masked-language-model head (no weights cls.predictions), so it cannot say which "
-                "words fit; a checkpoint that was pre-trained, and not made for vectors or labels, has one"
+                f"{path_or_id} has no masked-language-model head (no weights {' or '.join(PREDICTIONS)}), so it cannot "
+                "say which words fit; a checkpoint that was pre-trained, and not made for vectors or labels, has one, "
+                "and of an ELECTRA the generator"
             )
-        self.model = build(BertForMaskedLM, read_config(folder), state, dtype=dtype, device=self.device)
+        config = read_config(folder)
+        self.model: Any = build(model_class(config, "masked_lm"), config, state, dtype=dtype, device=self.device)
         self.tokenizer = Tokenizer.from_pretrained(folder)
         special = _special_ids(folder, self.tokenizer)
         if "mask_token" not in special:
@@ -148,7 +153,8 @@ class MaskFiller:
         ids = torch.from_numpy(np.concatenate(rows)).to(self.device)
         hidden = self.model.bert.encode(Ragged.from_lengths(ids, lengths.to(self.device)))
         hidden = hidden[torch.from_numpy(wanted).to(self.device)]
-        return self.model.cls.predictions(hidden).float().log_softmax(1).cpu()
+        scores: Tensor = self.model.scores(hidden)
+        return scores.float().log_softmax(1).cpu()
 
     def decode(self, ids: NDArray[np.int64]) -> str:
         """The text of tokens, without those at its ends that are no words."""

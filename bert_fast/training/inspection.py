@@ -67,7 +67,9 @@ class Inspector:
 
     def __init__(self, model: nn.Module) -> None:
         names = [kind.__name__ for kind in type(model).__mro__]
-        self.head = next((name for name in names if name.startswith(("BertFor", "Electra"))), "")
+        known = next((name for name in names if name.startswith(("BertFor", "Electra"))), "")
+        #: By BERT's name where it has the same targets, which the discriminator's are not.
+        self.head = known if known == "ElectraForPreTraining" else known.replace("ElectraFor", "BertFor")
         self.config: Any = getattr(model, "config", None)
         self.hides_labels = isinstance(model, Head)
 
@@ -111,7 +113,7 @@ class Inspector:
     def _num_classes(self, batch: Mapping[str, Any]) -> int | None:
         """Of `labels`; None where they are not the number of a class."""
         config = self.config
-        if self.head in ("BertForMaskedLM", "BertForPreTraining", "ElectraForMaskedLM", "ElectraPretraining"):
+        if self.head in ("BertForMaskedLM", "BertForPreTraining", "ElectraPretraining"):
             return int(config.vocab_size)
         if self.head == "BertForNextSentencePrediction":
             return 2

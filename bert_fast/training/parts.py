@@ -8,14 +8,15 @@ from torch import nn
 
 EMBEDDINGS, POOLER, HEAD = "embeddings", "pooler", "head"
 
-_PLACE = re.compile(r"(?:^|\.)(?:(?P<layer>encoder\.layer\.\d+)|(?P<other>embeddings|pooler))\.")
+_PLACE = re.compile(r"(?:^|\.)(?:(?P<layer>encoder\.layer\.\d+)|(?P<other>embeddings|pooler)(?:_project)?)\.")
 
 
 def part_of(name: str) -> str:
     """The part that a parameter belongs to, by the names of a Hugging Face BERT, whatever it is wrapped in.
 
     Returns:
-        "embeddings", "encoder.layer.0" and so on, "pooler", or for all else "head".
+        "embeddings" (with what projects them, in an ELECTRA), "encoder.layer.0" and so on, "pooler", or for all else
+        "head".
     """
     place = _PLACE.search(name)
     return HEAD if place is None else place["layer"] or place["other"]

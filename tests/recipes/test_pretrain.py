@@ -13,8 +13,9 @@ import transformers
 from typer.testing import CliRunner
 
 import bert_fast
-from bert_fast import BertConfig, electra, modules, ops, reference
+from bert_fast import BertConfig, modules, ops, reference
 from bert_fast.cli import app
+from bert_fast.config import ElectraConfig
 from bert_fast.data import shards
 from bert_fast.data.encoding import TokenizerVocabulary
 from bert_fast.data.instances import Options
@@ -301,7 +302,7 @@ def test_shapes_are_googles(place: Path, tmp_path: Path) -> None:
     tiny = make_model(settings(place, tmp_path, config_name="tiny"), vocabulary)
     assert (tiny.config.num_attention_heads, tiny.config.intermediate_size) == (2, 512)
     small = make_model(settings(place, tmp_path, config_name="electra-small", objective="electra"), vocabulary)
-    assert small.config == electra.ElectraConfig(vocab_size=vocabulary.size)
+    assert small.config == ElectraConfig(vocab_size=vocabulary.size)
     assert small.generator.config.hidden_size == 64
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from bert_fast import BertConfig, modules
+from bert_fast import BertConfig, electra, modules
+from bert_fast.config import ElectraConfig
 from bert_fast.training.freezing import train_last_layers
 from bert_fast.training.optimizers import LAMB, OPTIMIZERS, BertAdam, adamw, make_optimizer, parameter_groups
 
@@ -262,6 +263,9 @@ def models():
     for name in names:
         yield getattr(modules, name)(config())
         yield getattr(transformers, name)(theirs)
+    shape = {**vars(config()), "embedding_size": 8}
+    yield electra.ElectraForSequenceClassification(ElectraConfig(**shape))
+    yield transformers.ElectraForSequenceClassification(transformers.ElectraConfig(**shape))
 
 
 def by_name(model, found):
@@ -283,7 +287,7 @@ def test_decay_by_layer_as_electra():
     for model in models():
         for name, group in by_name(model, parameter_groups(model, 0.1, layer_decay=0.8)).items():
             depth = 4
-            for key, place in (("embeddings.", 0), ("layer.0.", 1), ("layer.1.", 2), ("pooler.", 3)):
+            for key, place in (("embeddings", 0), ("layer.0.", 1), ("layer.1.", 2), ("pooler.", 3)):
                 depth = place if key in name else depth
             assert group["lr"] == pytest.approx(0.1 * 0.8 ** (4 - depth)), name
 

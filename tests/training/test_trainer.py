@@ -14,7 +14,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 import bert_fast
 from bert_fast import heads, ops
-from bert_fast.electra import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining, ElectraPretraining
+from bert_fast.config import ElectraConfig
+from bert_fast.electra import ElectraForMaskedLM, ElectraForPreTraining, ElectraPretraining
 from bert_fast.modules import BertForMaskedLM, BertForPreTraining, BertForQuestionAnswering, BertForTokenClassification
 from bert_fast.training.batches import TokenBudgetSampler
 from bert_fast.training.progress import METRICS_FILE, PLOT_FILE, read

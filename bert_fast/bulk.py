@@ -15,7 +15,7 @@ from torch import Tensor
 from bert_fast.disk import written_at_once
 from bert_fast.embedder import Embedder
 from bert_fast.lines import decoded, json_text
-from bert_fast.terminal import progress_bar
+from bert_fast.terminal import fitted, progress_bar
 from bert_fast.transfer import to_host
 
 STDIN = "-"
@@ -161,9 +161,5 @@ def format_hits(
     for query, found in zip(queries, hits, strict=True):
         rows = [f"{query}", "  score   line  text"]
         rows += [f"  {score:5.3f} {lines[index][0]:>6}  {lines[index][1]}" for score, index in found]
-        blocks.append("\n".join(_cut(row, width) for row in rows))
+        blocks.append("\n".join(fitted(row, width) for row in rows))
     return "\n\n".join(blocks)
-
-
-def _cut(row: str, width: int | None) -> str:
-    return row if width is None or len(row) <= width else row[: width - 1] + "…"

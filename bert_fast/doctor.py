@@ -14,9 +14,8 @@ import torch
 
 from bert_fast import __version__, engine, ops
 from bert_fast.engine.gpu import refusal
+from bert_fast.loading import DTYPES
 from bert_fast.ops import Op, Traits
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "tokenizers", "safetensors", "numpy")
 
@@ -120,22 +119,22 @@ def _ops() -> list[Op]:
 def _choices(device: str) -> str:
     """A table of op and dtype, and below it each refusal with where it was met."""
     all_ops = _ops()
-    lines = [f"{'':24}" + "".join(f"{_name(dtype):12}" for dtype in DTYPES)]
+    lines = [f"{'':24}" + "".join(f"{dtype:12}" for dtype in DTYPES)]
     refusals: dict[str, dict[str, list[str]]] = {}
     for op in all_ops:
         cells = []
-        for dtype in DTYPES:
+        for name, dtype in DTYPES.items():
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # the refusals are what this prints
                     selection = op.select(device, dtype, TRAITS)
             except ValueError as error:  # one is forced that cannot serve
                 cells.append("none")
-                refusals.setdefault(str(error), {}).setdefault(op.name, []).append(_name(dtype))
+                refusals.setdefault(str(error), {}).setdefault(op.name, []).append(name)
                 continue
             cells.append(selection.name)
-            for name, reason in selection.refusals:
-                refusals.setdefault(f"{name}: {reason}", {}).setdefault(op.name, []).append(_name(dtype))
+            for impl, reason in selection.refusals:
+                refusals.setdefault(f"{impl}: {reason}", {}).setdefault(op.name, []).append(name)
         lines.append(f"{op.name:24}" + "".join(f"{cell:12}" for cell in cells))
     if refusals:
         lines.append("refused:")
@@ -150,7 +149,3 @@ def _where(met: dict[str, list[str]], num_ops: int) -> str:
     which_ops = "every op" if len(met) == num_ops else ", ".join(met)
     which_dtypes = "" if len(dtypes) == len(DTYPES) else ": " + ", ".join(sorted(dtypes))
     return which_ops + which_dtypes
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import sys
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -22,7 +22,14 @@ def is_watched() -> bool:
 
 def columns() -> int | None:
     """The width of the terminal that stdout is; None where it is a file or a pipe."""
-    return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else None
+    if sys.stdout is None or not sys.stdout.isatty():
+        return None
+    return shutil.get_terminal_size().columns  # 80 for a terminal that does not say, and what COLUMNS says before that
+
+
+def fitted(line: str, width: int | None) -> str:
+    """A line, cut to so many columns if they are given."""
+    return line if width is None or len(line) <= width else f"{line[: width - 1]}…"
 
 
 def progress_bar(

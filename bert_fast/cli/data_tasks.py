@@ -67,4 +67,4 @@ def show(
     text = describe_examples(found, examples)
     width = terminal.columns()
     for line in text.splitlines():
-        print(line if width is None or len(line) <= width else f"{line[: width - 1]}…")
+        print(terminal.fitted(line, width))

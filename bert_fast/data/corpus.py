@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bert_fast.data.encoding import Encoded, Encoder
-from bert_fast.data.workers import in_order
+from bert_fast.data.workers import map_in_order
 from bert_fast.disk import sync, written_at_once
 
 #: name -> type of its numbers.
@@ -137,7 +137,7 @@ def write_corpus(
         open_sentences = counts.sentences - int(_mapped(folder, "documents", counts.documents + 1)[-1])
         committed = counts.tokens
         events = islice(sentences, counts.events, None)
-        for chunk, encoded in in_order(_encode, _chunks(events), num_workers, encoder):
+        for chunk, encoded in map_in_order(_encode, _chunks(events), num_workers, encoder):
             open_sentences = _append(chunk, encoded, counts, open_sentences, files)
             counts.unknown += int(np.isin(encoded.tokens, (unk_token_id, -1 - unk_token_id)).sum())
             counts.events += len(chunk)

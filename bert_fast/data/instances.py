@@ -86,8 +86,8 @@ class Options:
         return self.masking == "dynamic" or self.scheme != "subword"
 
 
-class Columns(NamedTuple):
-    """Instances.
+class Instances(NamedTuple):
+    """Instances as columns.
 
     Attributes:
         lengths: (num_instances,) int64, tokens of each.
@@ -126,7 +126,7 @@ class Maker:
             max_predictions=options.max_predictions_per_seq,
         )
 
-    def columns(self, dupe: int, first: int, last: int) -> Iterator[Columns]:
+    def columns(self, dupe: int, first: int, last: int) -> Iterator[Instances]:
         """All instances of documents `first` to `last - 1` in a duplicate, `BATCH` at a time, shuffled among these."""
         order = Uniforms(self.options.seed, 1)
         order.go_to(first, dupe)
@@ -154,7 +154,7 @@ class Maker:
             for pair in cut(self.corpus, index, draw):
                 yield (pair.a, pair.b), pair.label
 
-    def _columns(self, instances: list[_Instance]) -> Columns:
+    def _columns(self, instances: list[_Instance]) -> Instances:
         ids, options = self.vocabulary.ids, self.options
         cls, sep = (np.array([ids[role]], np.int32) for role in ("cls_token", "sep_token"))
         parts = []
@@ -180,9 +180,9 @@ class Maker:
         elif words is not None:
             per_token["word_ids"] = words.astype(np.int16)
         if options.objective == "none":
-            return Columns(lengths, per_token, {})
+            return Instances(lengths, per_token, {})
         label = np.array([instance.label for instance in instances], np.int8)
-        return Columns(lengths, per_token, {"next_sentence_label": label})
+        return Instances(lengths, per_token, {"next_sentence_label": label})
 
 
 def _word_ids(marked: NDArray[np.int32], special: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

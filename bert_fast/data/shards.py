@@ -23,10 +23,10 @@ import numpy as np
 from bert_fast import disk
 from bert_fast.data.corpus import Corpus, write_corpus
 from bert_fast.data.encoding import TOKENIZER, Encoder, TokenizerVocabulary
-from bert_fast.data.instances import BATCH, Columns, Maker, Options
+from bert_fast.data.instances import BATCH, Instances, Maker, Options
 from bert_fast.data.pretraining import FORMAT, MANIFEST, read_manifest
 from bert_fast.data.text import find_files, read_sentences
-from bert_fast.data.workers import in_order
+from bert_fast.data.workers import map_in_order
 from bert_fast.ladder import read_names
 from bert_fast.terminal import progress_bar
 
@@ -151,7 +151,7 @@ def write_shard(maker: Maker, folder: Path, shard: Shard) -> dict[str, Any]:
         return entry
 
 
-def _record_batch(columns: Columns) -> Any:
+def _record_batch(columns: Instances) -> Any:
     import pyarrow as pa
 
     starts = np.concatenate([[0], columns.lengths.cumsum()]).astype(np.int32)
@@ -211,7 +211,7 @@ def _make(folder: Path, options: Options, vocabulary: TokenizerVocabulary, worke
     with progress_bar(total=total, what="making shards", unit=" tokens", unit_scale=True) as bar:
         bar.update(sum(corpus.num_tokens(shard.first, shard.last) for shard in shards if entries[shard]))
         work = partial(_write_shard, folder)
-        for shard, entry in in_order(work, missing, min(workers, max(len(missing), 1)), maker):
+        for shard, entry in map_in_order(work, missing, min(workers, max(len(missing), 1)), maker):
             entries[shard] = entry
             bar.update(corpus.num_tokens(shard.first, shard.last))
     return [entry for entry in entries.values() if entry is not None]

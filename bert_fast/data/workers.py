@@ -16,7 +16,7 @@ from typing import Any
 _state: Any = None
 
 
-def in_order(
+def map_in_order(
     function: Callable[[Any, Any], Any],
     items: Iterable[Any],
     num_workers: int,

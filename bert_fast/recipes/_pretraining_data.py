@@ -66,7 +66,7 @@ class Texts(ConcatDataset[dict[str, Any]]):
 
 
 @dataclass(frozen=True)
-class Corpus:
+class PretrainingTexts:
     """What a run learns from, and what it is judged by.
 
     Attributes:
@@ -88,7 +88,7 @@ def holds_out(settings: PretrainSettings) -> bool:
 
 def read_corpus(
     settings: PretrainSettings, phases: Sequence[Phase], tokenizer: Path, vocabulary: TokenizerVocabulary
-) -> Corpus:
+) -> PretrainingTexts:
     """Open the shards of all phases; make them below `output_dir/data` where text was given.
 
     Text without a `validation_file` is split by documents: every n-th one is held out. Shards are not split, as a
@@ -140,7 +140,7 @@ def read_corpus(
         judged = opened(validation[0], validation, longest, "validation")
         if not len(judged):
             raise ValueError(f"{validation[0]} holds no text")
-    return Corpus(tuple(trained), judged, _common([part.manifest["options"] for part in trained]))
+    return PretrainingTexts(tuple(trained), judged, _common([part.manifest["options"] for part in trained]))
 
 
 def _is_shards(source: str) -> bool:

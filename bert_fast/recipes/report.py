@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from bert_fast.data.catalogue import DATASETS
 from bert_fast.disk import text_written_at_once
 from bert_fast.folders import read_json
+from bert_fast.lines import decoded, json_value
 from bert_fast.recipes._findings import Section, findings
 from bert_fast.recipes._page import Markup, card, element, figure, joined, number, page, table
 from bert_fast.recipes._runs import RESULTS_FILE
@@ -146,13 +146,15 @@ def _option(value: Any) -> str:
 def _measurements(folder: Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`; none where it is not there."""
     path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return []
     lines = []
-    for place, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else (), 1):
-        try:
-            lines.append(json.loads(line))
-            lines[-1]["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {place} is no measurement of a step") from error
+    with path.open("rb") as file:
+        for where, text in decoded(file, str(path)):
+            line = json_value(text, where)
+            if not isinstance(line, dict) or "step" not in line:
+                raise ValueError(f"{where} is no measurement of a step")
+            lines.append(line)
     return lines
 
 

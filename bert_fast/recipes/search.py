@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from bert_fast import disk
 from bert_fast.benchmarking import markdown_table
 from bert_fast.folders import read_json
+from bert_fast.lines import decoded, json_value
 from bert_fast.loading import WEIGHT_PATTERNS
 from bert_fast.recipes.finetune import FinetuneSettings, finetune
 from bert_fast.recipes.spaces import PUBLISHED, Range, Space, check_space, drawn_point, grid_points
@@ -237,16 +239,16 @@ def read_trials(output_dir: str | Path) -> list[Trial]:
     file = Path(output_dir) / TRIALS_FILE
     if not file.exists():
         return []
-    text = file.read_bytes()
-    whole = text.rfind(b"\n") + 1
-    if whole < len(text):
+    content = file.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
         os.truncate(file, whole)
     trials = []
-    for number, line in enumerate(text[:whole].decode().splitlines(), 1):
+    for where, line in decoded(BytesIO(content[:whole]), str(file)):
         try:
-            trials.append(Trial(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{file}, line {number} is not a trial: {error}") from error
+            trials.append(Trial(**json_value(line, where)))
+        except TypeError as error:
+            raise ValueError(f"{where} is not a trial: {error}") from error
     return trials
 
 

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from bert_fast.data.catalogue import DATASETS
 from bert_fast.disk import text_written_at_once
+from bert_fast.lines import decoded, json_value
 
 #: GLUE's names of files by task; MNLI has one for each of its test sets, and AX is answered by a model of MNLI.
 GLUE_FILES = {
@@ -44,16 +45,13 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
     """
     lines: list[dict[str, Any]] = []
     seen: dict[str, int] = {}
-    with Path(path).open(encoding="utf-8") as file:
-        for number, text in enumerate(file, 1):
-            try:
-                line = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+    with Path(path).open("rb") as file:
+        for number, (where, text) in enumerate(decoded(file, str(path)), 1):
+            line = json_value(text, where)
             if not isinstance(line, dict) or "id" not in line:
-                raise ValueError(f"{path}, line {number} is no prediction: it has no id")
+                raise ValueError(f"{where} is no prediction: it has no id")
             if (first := seen.setdefault(str(line["id"]), number)) != number:
-                raise ValueError(f"{path}, line {number} has the id {line['id']!r}, as line {first} has")
+                raise ValueError(f"{where} has the id {line['id']!r}, as line {first} has")
             lines.append(line)
     if not lines:
         raise ValueError(f"{path} has no predictions")

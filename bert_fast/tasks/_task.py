@@ -105,7 +105,7 @@ class Task(ABC):
         """The official metrics of the task, between 0 and 1 (correlations -1 and 1), over examples with labels."""
 
 
-def check_examples(examples: Sequence[Any], kind: type, target: str | None = None) -> None:
+def check_examples(examples: Sequence[Any], kind: type[Any], target: str | None = None) -> None:
     """ValueError, naming the first, for training examples of another kind, or without what is to be learnt of them."""
     if not examples:
         raise ValueError("there are no examples")

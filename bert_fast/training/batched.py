@@ -18,7 +18,7 @@ from bert_fast.heads import Head
 from bert_fast.training.arguments import TrainingArguments
 from bert_fast.training.batches import PackingCollator, TokenBudgetSampler
 from bert_fast.training.durable import DurableTrainer
-from bert_fast.training.inspection import InspectingCollator, Inspector, fingerprint
+from bert_fast.training.inspection import InspectingCollator, Inspector, dataset_digest
 from bert_fast.training.masking import IndexedDataset
 from bert_fast.training.phases import PhasedSampler
 
@@ -122,7 +122,7 @@ class BatchedTrainer(DurableTrainer):
         """See `DurableTrainer`."""
         args = self.args
         if self._digest is None and has_length(self.train_dataset):
-            self._digest = fingerprint(self.train_dataset)
+            self._digest = dataset_digest(self.train_dataset)
         order = {"data": self._digest, "seed": args.seed, "data_seed": args.data_seed}
         if hasattr(self.data_collator, "seed"):
             order["seed of the masks"] = self.data_collator.seed

@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import nested_gather
 
 from bert_fast import disk, saving
 from bert_fast.heads import Head
+from bert_fast.loading import names_of_each
 from bert_fast.training import checkpoints
 from bert_fast.training.arguments import TrainingArguments
 from bert_fast.training.memory import kept_memory
@@ -170,7 +171,9 @@ class DurableTrainer(transformers.Trainer):
         if not isinstance(self.model, Head):
             super()._issue_warnings_after_load(load_result)
             return
-        missing = set(load_result.missing_keys) - _tied(self.model)
+        groups = names_of_each(dict(self.model.named_parameters(remove_duplicate=False)))
+        tied = {name for names in groups for name in names[1:]}
+        missing = set(load_result.missing_keys) - tied
         if missing or load_result.unexpected_keys:
             raise ValueError(
                 f"the checkpoint does not fit the {type(self.model).__name__}: it lacks {sorted(missing)} and has "
@@ -268,10 +271,3 @@ def _check_order(before: dict[str, Any], now: dict[str, Any]) -> None:
             f"the run cannot go on where it was, for its batches would be other ones: {differences}. With "
             "ignore_data_skip=True it goes on from the beginning of an epoch"
         )
-
-
-def _tied(model: nn.Module) -> set[str]:
-    """The names of parameters that have another one, too."""
-    first: dict[int, str] = {}
-    names = model.named_parameters(remove_duplicate=False)
-    return {name for name, parameter in names if first.setdefault(id(parameter), name) != name}

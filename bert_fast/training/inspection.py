@@ -24,7 +24,7 @@ from bert_fast.training.masking import MaskingCollator
 #: Under this name the facts travel in a batch until the trainer takes them out.
 FACTS = "bert_fast_facts"
 
-#: How many examples at most are read for the fingerprint of a data set.
+#: How many examples at most are read for the digest of a data set.
 FINGERPRINTED = 10_000
 
 #: What transformers' collators and ours read beside what the model takes.
@@ -195,7 +195,7 @@ def step_flops(config: Any, lengths: Sequence[int]) -> int:
     return 3 * useful_flops(config, lengths)
 
 
-def fingerprint(dataset: Any) -> str:
+def dataset_digest(dataset: Any) -> str:
     """A digest of how many examples a data set has and of what they are, of `FINGERPRINTED` of them evenly spread."""
     digest = hashlib.blake2b(str(len(dataset)).encode(), digest_size=16)
     for index in np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), FINGERPRINTED)).astype(np.int64)):

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from bert_fast import disk
-from bert_fast.data import shards
 from bert_fast.data.corpus import write_corpus
 from bert_fast.data.encoding import Encoder, TokenizerVocabulary
 from bert_fast.data.inspect import instances, statistics
@@ -274,7 +273,7 @@ def test_a_disk_that_is_full_at_the_very_beginning(tmp_path, monkeypatch):
 
     text, out = corpora.write(tmp_path), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_write_json", full)
+        patch.setattr(disk, "write_json", full)
         with pytest.raises(OSError, match="the same command goes on from there"):
             build([text], "demo", out, corpora.options(), num_workers=1)
     assert build([text], "demo", out, corpora.options(), num_workers=1)["statistics"]["documents"] == 40

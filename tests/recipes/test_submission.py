@@ -83,7 +83,7 @@ def test_predictions_of_something_else(tmp_path):
     ("text", "message"),
     [
         ("", "has no predictions"),
-        ('{"id": "0"}\n{"id": ', "line 2 is no JSON"),
+        ('{"id": "0"}\n{"id": ', "line 2 is not JSON"),
         ('{"label": "a"}\n', "line 1 is no prediction: it has no id"),
         ("[1]\n", "line 1 is no prediction"),
         ('{"id": "0"}\n{"id": "1"}\n{"id": "0"}\n', "line 3 has the id '0', as line 1 has"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,19 +15,64 @@ from torch import Tensor
 
 from bert_fast import engine, masked_lm, ops
 from bert_fast.checks import is_recorded
-from bert_fast.encoder import encode, encode_first, first_tokens
+from bert_fast.encoder import encode, encode_first, first_tokens, projection
 from bert_fast.inputs import BertInputs, TableSizes
 from bert_fast.losses import IGNORED_LABEL, cross_entropy, divisor_of
 from bert_fast.modules import obstacle
 from bert_fast.ragged import Padding, Ragged
 
-MODELING = "transformers.models.bert.modeling_bert"
 
-#: Those that read the pooler's output and nothing else of the encoder.
-_POOLED_ONLY = ("BertForSequenceClassification", "BertForNextSentencePrediction", "BertForMultipleChoice")
+@dataclass(frozen=True)
+class Family:
+    """A family of transformers' models over an encoder that the ops run.
 
-#: With this argument they tell the `BertModel` so.
-_POOLED_ONLY_ARGUMENT = "bert_fast_pooled_only"
+    Attributes:
+        modeling: the Python module of its classes, which is imported by whoever made a model.
+        prefix: what the names of its classes begin with.
+        heads: its models with a head, without the prefix.
+        first_only: those that read nothing of the encoder but the pooler's output, or the rows of the first tokens.
+        output: the class of what the encoder returns.
+    """
+
+    modeling: str
+    prefix: str
+    heads: tuple[str, ...]
+    first_only: tuple[str, ...]
+    output: str
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Names of its classes, that of the encoder first."""
+        return (f"{self.prefix}Model", *(f"{self.prefix}{head}" for head in self.heads))
+
+
+_TASKS = ("ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification", "ForQuestionAnswering")
+
+FAMILIES = (
+    Family(
+        "transformers.models.bert.modeling_bert",
+        "Bert",
+        ("ForPreTraining", "ForMaskedLM", "ForNextSentencePrediction", *_TASKS),
+        ("ForSequenceClassification", "ForNextSentencePrediction", "ForMultipleChoice"),
+        "BaseModelOutputWithPoolingAndCrossAttentions",
+    ),
+    Family(
+        "transformers.models.electra.modeling_electra",
+        "Electra",
+        ("ForPreTraining", "ForMaskedLM", *_TASKS),
+        ("ForSequenceClassification", "ForMultipleChoice"),
+        "BaseModelOutputWithPastAndCrossAttentions",
+    ),
+)
+
+
+def _family_of(plain: type[Any]) -> Family:
+    """The family of a class of transformers' own."""
+    return next(family for family in FAMILIES if family.modeling == plain.__module__)
+
+
+#: With this argument a model with a head tells its encoder that it reads the first tokens only.
+_FIRST_ONLY_ARGUMENT = "bert_fast_first_only"
 
 #: Those that can do with the tokens that have a label, if the loss is all that is asked for.
 _MASKED_LM = ("BertForMaskedLM", "BertForPreTraining")
@@ -41,19 +89,21 @@ _ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash
 
 
 @functools.cache
-def fast_model_class() -> type[Any]:
-    """transformers' `BertModel` with another `forward`.
+def fast_model_class(plain: Any) -> type[Any]:
+    """transformers' `BertModel` or `ElectraModel` with another `forward`.
 
     It goes by the same name and module, because transformers looks classes up by theirs (the `architectures` of a saved
     config, the registry of what `output_attentions` records); so pickling has to be told what to build.
     """
-    plain = sys.modules[MODELING].BertModel
 
-    class FastBertModel(plain):  # type: ignore[misc, valid-type]
+    class FastModel(plain):
+        bert_fast_plain = plain
+        bert_fast_family = _family_of(plain)
+
         @functools.wraps(plain.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            pooled_only = kwargs.pop(_POOLED_ONLY_ARGUMENT, False)
-            output = _forward(self, pooled_only, *args, **kwargs)
+            first_only = kwargs.pop(_FIRST_ONLY_ARGUMENT, False)
+            output = _forward(self, first_only, *args, **kwargs)
             if output is not None:
                 return output
             engine.check_not_released(self, "the call is not one that packed weights serve")
@@ -67,18 +117,16 @@ def fast_model_class() -> type[Any]:
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
             state = super().__reduce_ex__(protocol)[2]
-            return _blank, (), state
+            return _blank, (fast_model_class, plain.__module__, plain.__name__), state
 
-    FastBertModel.__name__ = FastBertModel.__qualname__ = plain.__name__
-    FastBertModel.__module__ = plain.__module__
-    return FastBertModel
+    FastModel.__name__ = FastModel.__qualname__ = plain.__name__
+    FastModel.__module__ = plain.__module__
+    return FastModel
 
 
-def _blank() -> Any:
-    """An accelerated model without its state, for pickle and copy."""
-    import transformers.models.bert.modeling_bert  # noqa: F401  a fresh process may not have it yet
-
-    return object.__new__(fast_model_class())
+def _blank(make: Callable[[Any], type[Any]], module: str, name: str) -> Any:
+    """An accelerated model without its state, for pickle and copy; a fresh process may not have the module yet."""
+    return object.__new__(make(getattr(importlib.import_module(module), name)))
 
 
 @functools.cache
@@ -86,6 +134,7 @@ def fast_host_class(plain: Any) -> Any:
     """A transformers model with a head, whose `forward` takes `loss_only` too, as `heads.Head.forward` does."""
 
     signature = inspect.signature(plain.forward)
+    first_only = plain.__name__.removeprefix(_family_of(plain).prefix) in _family_of(plain).first_only
 
     class FastHost(plain):
         bert_fast_plain = plain
@@ -97,8 +146,8 @@ def fast_host_class(plain: Any) -> Any:
                 given = _bound(signature, args, kwargs)
                 output = _masked_lm_loss(self, **given)
                 return _plain_masked_lm_loss(plain, self, **given) if output is None else output
-            if _reads_pooled_only(self, plain.__name__):
-                kwargs[_POOLED_ONLY_ARGUMENT] = True
+            if first_only and _tells_encoder(self):
+                kwargs[_FIRST_ONLY_ARGUMENT] = True
             output = plain.forward(self, *args, **kwargs)
             if not loss_only:
                 return output
@@ -108,7 +157,7 @@ def fast_host_class(plain: Any) -> Any:
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
             state = super().__reduce_ex__(protocol)[2]
-            return _blank_host, (plain.__name__,), state
+            return _blank, (fast_host_class, plain.__module__, plain.__name__), state
 
     FastHost.__name__ = FastHost.__qualname__ = plain.__name__
     FastHost.__module__ = plain.__module__
@@ -121,13 +170,6 @@ def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str
     given.pop("self")
     others = given.pop("kwargs", {})
     return {**given, **others}
-
-
-def _blank_host(name: str) -> Any:
-    """As `_blank`, of the model with a head of this name."""
-    import transformers.models.bert.modeling_bert
-
-    return object.__new__(fast_host_class(getattr(transformers.models.bert.modeling_bert, name)))
 
 
 def _masked_lm_loss(
@@ -182,7 +224,7 @@ def _plain_masked_lm_loss(
 
 def _loss_output(loss: Tensor, relationship: Tensor | None, next_sentence_label: Any, return_dict: bool) -> Any:
     """The output of the loss of masked tokens, and of that of the pairs where there are scores of them."""
-    modeling = sys.modules[MODELING]
+    modeling = sys.modules[FAMILIES[0].modeling]
     if relationship is None:
         output = modeling.MaskedLMOutput(loss=loss)
     else:
@@ -191,19 +233,23 @@ def _loss_output(loss: Tensor, relationship: Tensor | None, next_sentence_label:
     return output if return_dict else output.to_tuple()
 
 
-def _reads_pooled_only(host: Any, name: str) -> bool:
-    """Whether nobody reads the rows that the `BertModel` of this host returns, but the pooler's output alone."""
-    return name in _POOLED_ONLY and isinstance(host.bert, fast_model_class()) and not host.bert._forward_hooks
+def _tells_encoder(host: Any) -> bool:
+    """Whether the encoder of this host is accelerated, and nobody else reads its rows.
+
+    In ELECTRA's multiple choice the config says which row the head reads.
+    """
+    encoder, reads_first = host.base_model, getattr(host.config, "summary_type", "first") == "first"
+    return reads_first and hasattr(encoder, "bert_fast_family") and not encoder._forward_hooks
 
 
 @functools.cache
-def _known_types(hidden_act: str) -> frozenset[type]:
-    """The exact classes below a transformers `BertModel` that the ops replace."""
+def _known_types(family: Family, hidden_act: str) -> frozenset[type]:
+    """The exact classes below an encoder of transformers' that the ops replace."""
     from transformers.activations import ACT2FN
 
     names = ("Embeddings", "Encoder", "Layer", "Attention", "SelfAttention", "SelfOutput", "Intermediate", "Output")
-    modeling = sys.modules[MODELING]
-    return frozenset({getattr(modeling, f"Bert{name}") for name in names} | {type(ACT2FN[hidden_act])})
+    modeling = sys.modules[family.modeling]
+    return frozenset({getattr(modeling, f"{family.prefix}{name}") for name in names} | {type(ACT2FN[hidden_act])})
 
 
 class _Call(NamedTuple):
@@ -247,37 +293,38 @@ def _call(
     return _Call(inputs, packed, wants_states, config.return_dict if return_dict is None else return_dict)
 
 
-def _forward(bert: Any, pooled_only: bool, *args: Any, **kwargs: Any) -> Any:
+def _forward(bert: Any, first_only: bool, *args: Any, **kwargs: Any) -> Any:
     """The output of a call that the ops serve, or None for one that the plain path must run.
 
-    With `pooled_only` the rows may be those of the first tokens alone.
+    With `first_only` the rows are those of the first tokens alone, (batch_size, 1, hidden_size).
     """
     call = _call(bert, *args, **kwargs)
     if call is None:
         return None
     if call.packed is None:
-        result = _run_ops(bert, call.inputs, pooled_only)
+        result = _run_ops(bert, call.inputs, first_only)
     else:
         result = call.packed.padded(call.inputs, call.wants_states)
     if result is None:
         return None
     rows, first, states = result
-    output = _output_class()(
-        last_hidden_state=rows,
-        pooler_output=None if bert.pooler is None else bert.pooler(first[:, None]),
+    family, pooler = bert.bert_fast_family, getattr(bert, "pooler", None)
+    output = getattr(sys.modules[family.modeling], family.output)(
+        last_hidden_state=first[:, None] if first_only else rows,
         hidden_states=tuple(states) if call.wants_states else None,
+        **({} if pooler is None else {"pooler_output": pooler(first[:, None])}),
     )
     return output if call.return_dict else output.to_tuple()
 
 
-def _run_ops(bert: Any, inputs: BertInputs, pooled_only: bool) -> tuple[Tensor, Tensor, list[Tensor]] | None:
+def _run_ops(bert: Any, inputs: BertInputs, first_only: bool) -> tuple[Tensor, Tensor, list[Tensor]] | None:
     """The same, without hidden states, from the ops one by one; None if they may not stand in for the modules."""
     batch = _ragged_batch(bert, inputs)
     if batch is None:
         return None
     ragged, padding = batch
     config = bert.config
-    if pooled_only and ragged.input_ids.numel():
+    if first_only and ragged.input_ids.numel():
         first = encode_first(bert, ragged, config.hidden_act, config.num_attention_heads)
         return first[:, None], first, []
     rows = encode(bert, ragged, config.hidden_act, config.num_attention_heads)
@@ -286,7 +333,7 @@ def _run_ops(bert: Any, inputs: BertInputs, pooled_only: bool) -> tuple[Tensor, 
 
 @torch.compiler.disable
 def engine_of(bert: Any) -> engine.Engine | None:
-    """The packed weights that serve a transformers `BertModel` as it is now, or None."""
+    """The packed weights that serve an accelerated encoder as it is now, or None."""
     if bert.config._attn_implementation not in _ATTENTIONS:
         return None
     return engine.serving(bert, bert.config.hidden_act, bert.config.num_attention_heads, lambda: _obstacle(bert))
@@ -305,14 +352,10 @@ def _obstacle(bert: Any) -> str | None:
     attention = bert.config._attn_implementation
     if attention not in _ATTENTIONS:
         return f"its attention is {attention!r}"
-    known = _known_types(bert.config.hidden_act)
-    parts = (bert.embeddings, bert.encoder)
-    reasons = (obstacle(part, known, _HARMLESS_HOOKS) for part in parts)
+    known = _known_types(bert.bert_fast_family, bert.config.hidden_act)
+    parts = (bert.embeddings, projection(bert), bert.encoder)
+    reasons = (obstacle(part, known, _HARMLESS_HOOKS) for part in parts if part is not None)
     return next(filter(None, reasons), None)
-
-
-def _output_class() -> Any:
-    return sys.modules[MODELING].BaseModelOutputWithPoolingAndCrossAttentions
 
 
 def _is_asked(value: Any) -> bool:

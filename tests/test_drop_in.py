@@ -34,12 +34,15 @@ SMALL = {
 
 def make(name="BertModel", seed=0, **changes):
     torch.manual_seed(seed)
-    return getattr(transformers, name)(transformers.BertConfig(**{**SMALL, **changes})).eval()
+    config = transformers.BertConfig(**{**SMALL, **changes})
+    if name.startswith("Electra"):
+        config = transformers.ElectraConfig(**{**SMALL, "embedding_size": 20, "summary_last_dropout": 0.0, **changes})
+    return getattr(transformers, name)(config).eval()
 
 
 def batch(name="BertModel", batch_size=3, seq_len=9):
     generator = torch.Generator().manual_seed(1)
-    shape = (batch_size, 2, seq_len) if name == "BertForMultipleChoice" else (batch_size, seq_len)
+    shape = (batch_size, 2, seq_len) if "MultipleChoice" in name else (batch_size, seq_len)
     lengths = torch.randint(1, seq_len, shape[:-1], generator=generator)
     lengths[0] = seq_len
     return {
@@ -160,7 +163,10 @@ def test_packed_batch_is_refused_where_the_plain_path_would_mix_the_texts():
         model(ids, cu_seq_lens_q=torch.tensor([0, 4, 9], dtype=torch.int32), output_hidden_states=True)
 
 
-@pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertForMaskedLM"])
+@pytest.mark.parametrize(
+    "name",
+    ["BertForSequenceClassification", "BertForMaskedLM", "ElectraForSequenceClassification", "ElectraForMaskedLM"],
+)
 def test_training_gives_the_plain_gradients(name):
     """Without dropout, whose random numbers differ."""
     inputs = batch(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers
 from torch.distributed.fsdp import fully_shard
 
 import bert_fast
+from bert_fast.drop_in import is_accelerated
 from bert_fast.ops import FallbackWarning
 
 CONFIG = transformers.BertConfig(
@@ -105,3 +107,67 @@ def test_layers_sharded_with_fsdp_run_the_plain_path() -> None:
         assert all(parameter.grad is not None for parameter in model.encoder.parameters())
     finally:
         dist.destroy_process_group()
+
+
+ELECTRA = transformers.ElectraConfig(**{**CONFIG.to_diff_dict(), "embedding_size": 20, "summary_last_dropout": 0.0})
+
+
+def electra(kind: type[Any], **changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = copy.deepcopy(ELECTRA)
+    config.update(changes)
+    return kind(config)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_electras_first_token_is_the_first_one_that_the_mask_keeps(training: bool) -> None:
+    """The same with ops and with packed weights, padded on the left, and packed."""
+    model = bert_fast.accelerate(electra(transformers.ElectraForSequenceClassification)).train(training)
+    text, mask = ids()[:1, :5], torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), text], 1)
+    with torch.set_grad_enabled(training):
+        expected = model(text).logits
+        left = model(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        cu_seqlens = torch.tensor([0, 5, 10], dtype=torch.int32)
+        packed = model(torch.cat([text, text], 1), cu_seq_lens_q=cu_seqlens).logits
+    torch.testing.assert_close(left, expected)
+    torch.testing.assert_close(packed, expected.expand(2, -1))
+
+
+def test_electras_summary_of_another_token() -> None:
+    plain = electra(transformers.ElectraForMultipleChoice, summary_type="mean").eval()
+    expected = plain(ids()[None]).logits
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(bert_fast.accelerate(plain)(ids()[None]).logits, expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_electra_without_its_originals(precision: str) -> None:
+    plain = electra(transformers.ElectraForTokenClassification).eval()
+    model = bert_fast.accelerate(copy.deepcopy(plain), precision=precision, free_originals=True)
+    found, expected = model(ids()).logits, plain(ids()).logits
+    assert (found - expected).norm() < (1e-5 if precision == "fp32" else 0.1) * expected.norm()
+    assert model.electra.embeddings_project.weight.isnan().all()
+    assert not model.classifier.weight.isnan().any()
+
+
+def test_electra_pickled_and_saved(tmp_path: Path) -> None:
+    model = bert_fast.accelerate(electra(transformers.ElectraForMultipleChoice).eval())
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(twin(ids()[None]).logits, model(ids()[None]).logits)
+    assert is_accelerated(twin)
+    model.save_pretrained(tmp_path)
+    assert type(transformers.AutoModelForMultipleChoice.from_pretrained(tmp_path)) is type(bert_fast.restore(model))
+
+
+def test_electra_trains_as_a_loss_alone() -> None:
+    plain = electra(transformers.ElectraForPreTraining)
+    model = bert_fast.accelerate(copy.deepcopy(plain))
+    labels = ids() % 2
+    expected, output = plain(ids(), labels=labels).loss, model(ids(), labels=labels, loss_only=True)
+    assert list(output) == ["loss"]
+    torch.testing.assert_close(output.loss, expected)
+    model.electra.embeddings_project.register_forward_hook(lambda *_: None)
+    with pytest.warns(FallbackWarning, match="a Linear in it has a hook"):
+        torch.testing.assert_close(model(ids(), labels=labels).loss, expected)

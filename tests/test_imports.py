@@ -37,7 +37,7 @@ ALLOWED = {
     "electra": LIGHT | {"encoder", "masked_lm", "modules", "heads", "electra_heads", "saving"},
     "families": {"config", "electra", "modules", "reference"},
     "drop_in_forward": LIGHT | {"encoder", "engine", "masked_lm", "modules", "ops"},
-    "drop_in": LIGHT | {"drop_in_forward", "engine"},
+    "drop_in": LIGHT | {"drop_in_forward", "encoder", "engine"},
 }
 #: These may import everything above them, and of each other what stands here.
 LATE = {

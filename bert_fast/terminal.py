@@ -53,4 +53,14 @@ def progress_bar(
         options: others of tqdm.
     """
     wanted, delay = (is_watched(), DELAY) if show is None else (show, 0.0)
+    if wanted and _has_no_width():
+        options |= {"ncols": 80, "nrows": 24}  # tqdm would show nothing
     return tqdm(items, total=total, desc=what, unit=unit, disable=not wanted, delay=delay, leave=None, **options)
+
+
+def _has_no_width() -> bool:
+    """Whether stderr is a terminal that does not say how wide it is."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns == 0
+    except OSError:  # no terminal
+        return False

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -109,7 +110,7 @@ def write_corpus(
     *,
     num_workers: int,
     part: int,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Tokenize a text, or go on where that was interrupted; yields how many sentences were read, now and then.
 
     Args:
@@ -127,7 +128,9 @@ def write_corpus(
     counts = _read_counts(folder)
     if counts.finished:
         return
+    events = islice(sentences, counts.events, None)
     with (
+        closing(map_in_order(_encode, _chunks(events), num_workers, encoder)) as results,
         _opened(folder, "tokens", counts.tokens) as tokens,
         _opened(folder, "sentences", counts.sentences + 1) as ends,
         _opened(folder, "documents", counts.documents + 1) as documents,
@@ -136,8 +139,7 @@ def write_corpus(
         # Sentences of a document that was cut through by a commit.
         open_sentences = counts.sentences - int(_mapped(folder, "documents", counts.documents + 1)[-1])
         committed = counts.tokens
-        events = islice(sentences, counts.events, None)
-        for chunk, encoded in map_in_order(_encode, _chunks(events), num_workers, encoder):
+        for chunk, encoded in results:
             open_sentences = _append(chunk, encoded, counts, open_sentences, files)
             counts.unknown += int(np.isin(encoded.tokens, (unk_token_id, -1 - unk_token_id)).sum())
             counts.events += len(chunk)

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -181,9 +181,9 @@ def _tokenize(
     """All text; ValueError if there is too little of it."""
     read = partial(read_sentences, text_field=options.text_field, split_sentences=options.split_sentences)
     sentences = (sentence for path in files for sentence in read(path))
-    with progress_bar(what="tokenising", unit=" sentences", unit_scale=True) as bar:
-        part = options.shard_tokens
-        for count in write_corpus(building, sentences, encoder, unknown, num_workers=workers, part=part):
+    writing = write_corpus(building, sentences, encoder, unknown, num_workers=workers, part=options.shard_tokens)
+    with progress_bar(what="tokenising", unit=" sentences", unit_scale=True) as bar, closing(writing) as counts:
+        for count in counts:
             bar.update(count)
     found = len(Corpus(building))
     if not found:
@@ -211,9 +211,10 @@ def _make(folder: Path, options: Options, vocabulary: TokenizerVocabulary, worke
     with progress_bar(total=total, what="making shards", unit=" tokens", unit_scale=True) as bar:
         bar.update(sum(corpus.num_tokens(shard.first, shard.last) for shard in shards if entries[shard]))
         work = partial(_write_shard, folder)
-        for shard, entry in map_in_order(work, missing, min(workers, max(len(missing), 1)), maker):
-            entries[shard] = entry
-            bar.update(corpus.num_tokens(shard.first, shard.last))
+        with closing(map_in_order(work, missing, min(workers, max(len(missing), 1)), maker)) as made:
+            for shard, entry in made:
+                entries[shard] = entry
+                bar.update(corpus.num_tokens(shard.first, shard.last))
     return [entry for entry in entries.values() if entry is not None]
 
 

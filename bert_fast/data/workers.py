@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 #: What `setup` gave in this process.
@@ -22,10 +23,13 @@ def map_in_order(
     num_workers: int,
     setup: Callable[..., Any],
     *arguments: Any,
-) -> Iterator[tuple[Any, Any]]:
+) -> Generator[tuple[Any, Any], None, None]:
     """Each item and its `function(state, item)`, in order.
 
     At most two items a worker are ahead of the result that is waited for, so that memory does not grow with the items.
+    Where the generator ends early, the workers do at once, whatever they are at: what they write must be whole or not
+    there. Whoever may be interrupted while he has a result closes it (`contextlib.closing`), and does not leave it to
+    the end of the process, which waits for the workers.
 
     Args:
         function: of a module, as `setup` is, for processes that are started afresh.
@@ -42,7 +46,8 @@ def map_in_order(
         yield from ((item, function(state, item)) for item in items)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks in whatever state they are
-    with ProcessPoolExecutor(num_workers, context, _begin, (setup, arguments)) as pool:
+    theirs, ours = context.Pipe(duplex=False)  # whose end tells the workers to end
+    with ours, ProcessPoolExecutor(num_workers, context, _begin, (theirs, setup, arguments)) as pool:
         waiting: deque[tuple[Any, Future[Any]]] = deque()
         try:
             for item in items:
@@ -55,24 +60,25 @@ def map_in_order(
             raise ChildProcessError(
                 "a worker process was killed, as the system does when memory runs out: use fewer workers"
             ) from error
+        except BaseException:  # an interrupt, an error, or nobody wants the rest
+            ours.close()  # or the pool would wait for what is being done
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _begin(setup: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _begin(end: Connection, setup: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     global _state
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and ends
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(end,), daemon=True).start()
     _state = setup(*arguments)
 
 
-def _die_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever: it holds both ends of the pipe."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _end_with(end: Connection) -> None:
+    """With the pipe, which the parent closes; or with the parent: a worker would wait for work for ever."""
+    wait([end])
+    os._exit(1)
 
 
 def _result(item: Any, future: Future[Any]) -> tuple[Any, Any]:

@@ -279,9 +279,9 @@ def _gold(example: Mapping[str, Any]) -> list[str]:
 def _context(example: Mapping[str, Any], around: int = 120) -> Markup:
     """The context near the answer, with the answer marked."""
     context = example["context"]
-    if example["is_impossible"] or not example["answers"]:
+    answer = next((answer for answer in example["answers"] if answer["start"] >= 0), None)
+    if example["is_impossible"] or answer is None:
         return element("span", _cut(context, 2 * around), class_="soft")
-    answer = example["answers"][0]
     start, end = answer["start"], answer["start"] + len(answer["text"])
     first, last = max(start - around, 0), min(end + around, len(context))
     before = ("… " if first else "") + context[first:start]

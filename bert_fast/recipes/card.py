@@ -142,8 +142,9 @@ def _front_matter(
         )
         for split, values in scores.items()
         for metric, value in values.items()
+        if metric != "loss"  # which the Hub has no metric for
     ]
-    metrics = {HUB_METRICS.get(metric, metric) for values in scores.values() for metric in values}
+    metrics = {HUB_METRICS.get(metric, metric) for values in scores.values() for metric in values} - {"loss"}
     given: dict[str, Any] = {
         "library_name": "sentence-transformers" if name == "embeddings" else "transformers",
         "pipeline_tag": kind.pipeline_tag,

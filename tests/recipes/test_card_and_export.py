@@ -51,7 +51,7 @@ def results(kind="classification", **others):
         },
         "labels": ["no", "yes"],
         "main_metric": "accuracy",
-        "metrics": {"validation": {"accuracy": 0.75, "macro_f1": 0.5}},
+        "metrics": {"validation": {"accuracy": 0.75, "macro_f1": 0.5, "loss": 0.25}},
         "train": {
             "seconds": 2.0, "steps": 9, "examples": 70, "tokens_per_second": 800.0, "skipped": {"no text": 2},
             "num_truncated": 3,
@@ -101,7 +101,7 @@ def test_a_card_of_each_kind_is_what_the_hub_reads(kind, folder):
 def test_a_card_says_data_recipe_and_scores_and_no_paths(folder):
     text = write_card(folder).read_text()
     for wanted in (
-        "| validation | 0.7500 | 0.5000 |", "chosen by accuracy", "`train.tsv`", "examples in training: 70",
+        "| validation | 0.7500 | 0.5000 | 0.2500 |", "chosen by accuracy", "`train.tsv`", "examples in training: 70",
         "cut at the longest length: 3", "left out, no text: 2", "labels: no, yes", "| `learning_rate` | `3e-05` |",
         "9 steps in 2.0 s, 800 tokens per second", "2 layers of width 32", "| `deepspeed` | `\"a\\|b.json\"` |",
         'AutoModelForSequenceClassification.from_pretrained("run")', "bert-fast predict run FILE",

@@ -1,5 +1,8 @@
 """What a person sees while files are read, tokenised and answered; and that a pipe sees nothing."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +76,16 @@ def test_files_in_other_formats(tmp_path, watched, capsys):
     assert "reading a.parquet: 100%" in said
     assert "reading a.jsonl: 1 lines" in said
     assert "reading neg: 100%" in said
+
+
+def test_a_terminal_that_does_not_say_how_wide_it_is():
+    """Of `script` and of containers; its width is 0."""
+    ours, theirs = os.openpty()
+    program = "from bert_fast.terminal import progress_bar; list(progress_bar('ab', what='letters', show=True))"
+    subprocess.run([sys.executable, "-c", program], stderr=theirs, check=True)
+    os.close(theirs)
+    assert b"letters: 100%" in os.read(ours, 1 << 16)
+    os.close(ours)
 
 
 def test_of_several_processes_one_is_seen(monkeypatch):

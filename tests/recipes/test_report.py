@@ -86,6 +86,7 @@ def question_answering(draw):
         [("whale oil", 0.9), ("1926", 0.8), ("", 0.4), ("lamp burned whale oil", 0.7)]
     ):
         answers = [{"text": "whale oil", "start": context.index("whale")}] if index != 1 else []
+        answers = [{"text": "blubber", "start": -1}, *answers] if index != 1 else []  # which the context has not
         example = {"question": "What did it burn? " + EVIL, "context": context, "answers": answers}
         example |= {"id": str(index), "is_impossible": index == 1}
         yield {

@@ -20,6 +20,7 @@ ALLOWED = {
     "folders": {"disk"},
     "config": {"activation", "folders"},
     "outputs": set(),
+    "sharding": set(),
     "ragged": set(),
     "inputs": {"checks", "config", "ragged"},
     "losses": {"checks", "outputs"},
@@ -27,12 +28,12 @@ ALLOWED = {
     "sentence_embedding": LIGHT | {"heads"},
     "reference": LIGHT | {"heads", "sentence_embedding"},
     "ops": {"kernels", "_C", "ops", "checks"},
-    "encoder": LIGHT | {"ops"},
-    "engine": LIGHT | {"encoder", "engine", "kernels", "ops", "_C"},
+    "encoder": LIGHT | {"ops", "sharding"},
+    "engine": LIGHT | {"encoder", "engine", "kernels", "ops", "sharding", "_C"},
     "masked_lm": LIGHT | {"encoder", "engine", "heads", "ops"},
     "modules": LIGHT
     | {"encoder", "engine", "masked_lm"}
-    | {"heads", "reference", "ops", "saving", "sentence_embedding"},
+    | {"heads", "reference", "ops", "saving", "sentence_embedding", "sharding"},
     "electra": LIGHT | {"encoder", "engine", "masked_lm", "modules"} | {"heads", "reference", "folders", "loading"},
     "drop_in_forward": LIGHT | {"encoder", "engine", "masked_lm", "modules", "ops"},
     "drop_in": LIGHT | {"drop_in_forward", "engine"},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,14 @@ from typing import Any
 import numpy as np
 import tiny
 import torch
+import transformers
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
+import bert_fast
 from bert_fast.modules import BertForSentenceEmbedding
+from bert_fast.ops import FallbackWarning
 from bert_fast.sentence_embedding import CONFIG_KEY, EmbeddingSettings, multiple_negatives_ranking
 from bert_fast.tasks.embeddings import SentencesCollator
 from bert_fast.training.batches import PackingCollator
@@ -88,6 +94,33 @@ class Stream(IterableDataset[dict[str, Any]]):
         return iter(tiny.padded())
 
 
+def classify(model: Any, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The gradients of the mean loss of labelled texts, by name."""
+    batch = {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+    model(**batch).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def bert() -> Any:
+    """transformers' own, accelerated; the same weights on every call."""
+    torch.manual_seed(7)
+    config = transformers.BertConfig(**dataclasses.asdict(tiny.config(0.0)))
+    return bert_fast.accelerate(transformers.BertForSequenceClassification(config))
+
+
+def sharded(folder: Path) -> None:
+    """The gradients of a model whose layers are shared out, each process with every second text."""
+    model, rank = bert(), torch.distributed.get_rank()
+    for module in (*model.bert.encoder.layer, model):
+        fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        grads = classify(model, tiny.padded()[rank::2])
+    whole = {name: grad.full_tensor() for name, grad in grads.items()}
+    if rank == 0:
+        torch.save(whole, folder / "sharded.pt")
+
+
 def main(folder: Path) -> None:
     """All runs."""
     torch.set_num_threads(1)
@@ -109,6 +142,7 @@ def main(folder: Path) -> None:
     options = {"gather_across_devices": True, "mini_batch_size": 3}
     sentence_trainer(folder / "gathered", 2, **options).train()
     gather(folder, torch.distributed.get_rank())
+    sharded(folder)
     torch.distributed.destroy_process_group()
 
 

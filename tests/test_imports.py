@@ -20,6 +20,7 @@ ALLOWED = {
     "folders": {"disk"},
     "config": {"activation", "folders"},
     "outputs": set(),
+    "sharding": set(),
     "ragged": set(),
     "inputs": {"checks", "config", "ragged"},
     "losses": {"checks", "outputs"},
@@ -28,12 +29,12 @@ ALLOWED = {
     "electra_heads": LIGHT | {"heads", "sentence_embedding"},
     "reference": LIGHT | {"heads", "electra_heads", "sentence_embedding"},
     "ops": {"kernels", "_C", "ops", "checks"},
-    "encoder": LIGHT | {"ops"},
-    "engine": LIGHT | {"encoder", "engine", "kernels", "ops", "_C"},
+    "encoder": LIGHT | {"ops", "sharding"},
+    "engine": LIGHT | {"encoder", "engine", "kernels", "ops", "sharding", "_C"},
     "masked_lm": LIGHT | {"encoder", "engine", "heads", "ops"},
     "modules": LIGHT
     | {"encoder", "engine", "masked_lm"}
-    | {"heads", "reference", "ops", "saving", "sentence_embedding"},
+    | {"heads", "reference", "ops", "saving", "sentence_embedding", "sharding"},
     "electra": LIGHT | {"encoder", "masked_lm", "modules", "heads", "electra_heads", "saving"},
     "families": {"config", "electra", "modules", "reference"},
     "drop_in_forward": LIGHT | {"encoder", "engine", "masked_lm", "modules", "ops"},

@@ -20,7 +20,7 @@ from bert_fast.ragged import Ragged
 LEAVES = frozenset({nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList})
 
 #: Names of the classes whose modules `encoder.encode` calls where several processes share out their parameters.
-CALLED = ("BertEmbeddings", "BertLayer")
+CALLED = ("BertEmbeddings", "BertLayer", "ElectraEmbeddings", "ElectraLayer")
 
 
 def obstacle(module: nn.Module, known: frozenset[type], harmless_hooks: tuple[str, ...] = ()) -> str | None:

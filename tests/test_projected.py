@@ -23,6 +23,14 @@ MAX_ERROR = {"fp32": 2e-6, "bf16": 2e-2, "int8": 5e-2}
 needs_extension = pytest.mark.skipif(ops.extension() is None, reason="the C++ extension is not built")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are too small for two
+    yield
+    torch.set_num_threads(before)
+
+
 def make(**options: Any) -> ElectraModel:
     torch.manual_seed(0)
     sizes = {"embedding_size": 20, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96}
@@ -44,8 +52,9 @@ def states(model: ElectraModel, batch: Ragged) -> list[torch.Tensor]:
 
 
 @needs_extension
-@pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu"])
-@pytest.mark.parametrize("precision", MAX_ERROR)
+@pytest.mark.parametrize(
+    ("precision", "act"), [("fp32", "gelu"), ("fp32", "gelu_new"), ("fp32", "relu"), ("bf16", "gelu"), ("int8", "relu")]
+)
 def test_the_answer(precision: str, act: str) -> None:
     model, batch = make(hidden_act=act), ragged(5, 0, 33, 1)
     run, found = ProjectedEngine(model, act, 2, precision), []

@@ -102,6 +102,7 @@ def test_a_classifier_from_text_to_transformers(electra: Path, tmp_path: Path) -
     assert "hidden_size 32 (embeddings 16)" in describe(tmp_path / "exported")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "files", "auto", "plain"),
     [
@@ -124,6 +125,7 @@ def test_every_kind_of_task(electra: Path, tmp_path: Path, task: str, files: str
     predict.load(tmp_path, device="cpu", precision="int8")
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_it(electra: Path, tmp_path: Path) -> None:
     run = settings(electra, tmp_path / "teacher", "classification", "reviews.tsv", max_steps=1)
     finetune(run)

@@ -9,7 +9,7 @@ from benchmarks import finetune
 
 @pytest.mark.peers  # a comparison of times, which a crowded machine disturbs
 def test_the_same_score_in_less_time(capsys):
-    runs = finetune.compare(["bert_fast", "transformers"], seeds=(0, 1), epochs=3)
+    runs = finetune.compare(["bert_fast", "transformers"], "short", seeds=(0, 1), epochs=3)
     with capsys.disabled():
         print(f"\n{finetune.table(runs)}")
     ours, theirs = runs["bert_fast"], runs["transformers"]

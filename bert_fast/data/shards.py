@@ -211,10 +211,13 @@ def _make(folder: Path, options: Options, vocabulary: TokenizerVocabulary, worke
     with progress_bar(total=total, what="making shards", unit=" tokens", unit_scale=True) as bar:
         bar.update(sum(corpus.num_tokens(shard.first, shard.last) for shard in shards if entries[shard]))
         work = partial(_write_shard, folder)
-        with closing(map_in_order(work, missing, min(workers, max(len(missing), 1)), maker)) as made:
-            for shard, entry in made:
-                entries[shard] = entry
-                bar.update(corpus.num_tokens(shard.first, shard.last))
+        try:
+            with closing(map_in_order(work, missing, min(workers, max(len(missing), 1)), maker)) as made:
+                for shard, entry in made:
+                    entries[shard] = entry
+                    bar.update(corpus.num_tokens(shard.first, shard.last))
+        finally:
+            _remove_unfinished(folder)
     return [entry for entry in entries.values() if entry is not None]
 
 
@@ -235,6 +238,11 @@ def _finish(folder: Path, plan: dict[str, Any], entries: list[dict[str, Any]]) -
 def _tidy(folder: Path) -> None:
     """Take away what is not needed any more, of this run and of interrupted ones."""
     shutil.rmtree(folder / BUILDING, ignore_errors=True)
+    _remove_unfinished(folder)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """What processes left that ended while they wrote."""
     for path in folder.glob(".*.writing"):
         path.unlink(missing_ok=True)
 

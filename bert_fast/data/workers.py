@@ -27,9 +27,9 @@ def map_in_order(
     """Each item and its `function(state, item)`, in order.
 
     At most two items a worker are ahead of the result that is waited for, so that memory does not grow with the items.
-    Where the generator ends early, the workers do at once, whatever they are at: what they write must be whole or not
-    there. Whoever may be interrupted while he has a result closes it (`contextlib.closing`), and does not leave it to
-    the end of the process, which waits for the workers.
+    After an error the workers finish what they are at. Where the generator is interrupted or closed, they end at once:
+    what they write must be whole or not there. Whoever may be interrupted while he has a result closes the generator
+    (`contextlib.closing`), and does not leave it to the end of the process, which waits for the workers.
 
     Args:
         function: of a module, as `setup` is, for processes that are started afresh.
@@ -60,7 +60,7 @@ def map_in_order(
             raise ChildProcessError(
                 "a worker process was killed, as the system does when memory runs out: use fewer workers"
             ) from error
-        except BaseException:  # an interrupt, an error, or nobody wants the rest
+        except (KeyboardInterrupt, GeneratorExit):
             ours.close()  # or the pool would wait for what is being done
             raise
         finally:

@@ -46,7 +46,7 @@ def gone(folder):
     return False
 
 
-@pytest.mark.parametrize("whom", ["parent", "group"])
+@pytest.mark.parametrize("whom", ["group", pytest.param("parent", marks=pytest.mark.slow)])
 def test_an_interrupt_does_not_wait_for_what_is_being_done(tmp_path, whom):
     """Ctrl-C on a terminal goes to all processes of the group, `kill -INT` to one."""
     (tmp_path / "numbers").mkdir()

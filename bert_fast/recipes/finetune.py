@@ -34,6 +34,10 @@ from bert_fast.tokenization import Tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 
 
+#: Characters of a line that every terminal shows.
+WIDTH = 80
+
+
 @dataclass
 class FinetuneSettings:
     """What a run is told.
@@ -96,7 +100,7 @@ class FinetuneResult:
 
     def __str__(self) -> str:
         train = self.train
-        cut = f", {train['num_truncated']} of them cut" if train["num_truncated"] else ""
+        cut = f" ({train['num_truncated']} of them cut)" if train["num_truncated"] else ""
         skipped = "".join(f"; {count} skipped: {reason}" for reason, count in train["skipped"].items())
         speed = f"{train['tokens_per_second']:,.0f} tokens/s"
         done = f"{train['steps']} steps on {train['examples']} examples{cut} in {self.seconds:.1f} s ({speed}){skipped}"
@@ -104,10 +108,12 @@ class FinetuneResult:
 
 
 def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """A line for each split, a column for each metric."""
+    """A line for each split, a column for each metric; the other way round where that is wider than `WIDTH`."""
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     rows = [["", *names]]
     rows += [[split, *(f"{values[n]:.4f}" if n in values else "" for n in names)] for split, values in metrics.items()]
+    if max(map(len, metrics)) + sum(2 + max(6, len(name)) for name in names) > WIDTH:
+        rows = list(map(list, zip(*rows, strict=True)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
     return "\n".join("  ".join(row).rstrip() for row in aligned)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_fast import ops
+from bert_fast import ops, sharding
 from bert_fast.activation import GELU_FORMS, activation
 from bert_fast.checks import is_transformed
 from bert_fast.ragged import Ragged
@@ -51,25 +51,28 @@ def encode(
     """
     layers = bert.encoder.layer
     seeds = _seeds(bert, len(layers))
-    rows = _embed(bert.embeddings, ragged, seeds[0][0])
+    rows = sharding.called(bert.embeddings, partial(_embed, bert.embeddings, ragged, seeds[0][0]))()
     if (project := getattr(bert, "embeddings_project", None)) is not None:  # a transformers BERT knows of no such thing
         rows = linear(rows, project.weight, project.bias).to(rows.dtype)  # autocast lowers products only
-    if _may_overwrite(rows):
+    if _may_overwrite(rows) and not sharding.is_sharded(bert):
         rows = _encode_in_place(bert, rows, ragged, hidden_act, num_heads, hidden_states)
         return rows if subset is None else rows.index_select(0, subset)
     schedule = ops.attention_schedule(rows.unflatten(-1, (num_heads, -1)), ragged.cu_seqlens, ragged.max_seqlen)
     if hidden_states is not None:
         hidden_states.append(rows)
     for index, layer in enumerate(layers):
-        run = partial(
-            _layer,
+        run = sharding.called(
             layer,
-            ragged=ragged,
-            hidden_act=hidden_act,
-            num_heads=num_heads,
-            schedule=schedule,
-            seeds=seeds[index + 1],
-            subset=subset if index + 1 == len(layers) else None,
+            partial(
+                _layer,
+                layer,
+                ragged=ragged,
+                hidden_act=hidden_act,
+                num_heads=num_heads,
+                schedule=schedule,
+                seeds=seeds[index + 1],
+                subset=subset if index + 1 == len(layers) else None,
+            ),
         )
         # A wrapper that stands in a layer's place may not have the attribute.
         is_checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bert_fast import engine, heads, masked_lm, ops, reference, sentence_embedding
+from bert_fast import engine, heads, masked_lm, ops, reference, sentence_embedding, sharding
 from bert_fast.checks import is_recorded
 from bert_fast.encoder import encode, encode_first, first_tokens
 from bert_fast.inputs import BertInputs
@@ -19,37 +19,44 @@ from bert_fast.ragged import Ragged
 #: What `obstacle` lets the ops replace, besides the containers of a family.
 LEAVES = frozenset({nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList})
 
+#: Names of the classes whose modules `encoder.encode` calls where several processes share out their parameters.
+CALLED = ("BertEmbeddings", "BertLayer")
+
 
 def obstacle(module: nn.Module, known: frozenset[type], harmless_hooks: tuple[str, ...] = ()) -> str | None:
     """Why the ops may not stand in for the modules of this tree, or None.
 
     Somebody may have hooked a module, given it another `forward`, or put another in its place (LoRA, a quantised
     linear, a parametrisation), or parameters that the ops do not take: then only calling the modules themselves is
-    right.
+    right. Modules that `fully_shard` was given are called all the same if `encoder.encode` calls them (`CALLED`).
 
     Args:
         module: the tree.
         known: the exact types that the ops know how to replace, besides `LEAVES`.
         harmless_hooks: names of Python modules whose hooks may be left out.
     """
-    stack, dtypes = [module], set()
+    stack, dtypes = [(module, False)], set()
     while stack:
-        part = stack.pop()
-        if type(part) not in LEAVES and type(part) not in known:
+        part, is_elsewhere = stack.pop()
+        is_unit = sharding.is_unit(part) and sharding.plain_type(part).__name__ in CALLED
+        kind = sharding.plain_type(part) if is_unit else type(part)
+        if kind not in LEAVES and kind not in known:
             return f"a {type(part).__name__} stands in it"
         if "forward" in part.__dict__:
             return f"a {type(part).__name__} in it has a forward of its own"
+        is_elsewhere = is_elsewhere or is_unit
         for name, parameter in part._parameters.items():
-            if parameter is None or type(parameter) not in (nn.Parameter, Tensor):
+            if parameter is None or not (is_elsewhere or type(parameter) in (nn.Parameter, Tensor)):
                 what = "no" if parameter is None else f"a {type(parameter).__name__} as"
                 return f"a {type(part).__name__} in it has {what} {name}"
             dtypes.add(parameter.dtype)
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             hooks = [*part._forward_pre_hooks.values(), *part._backward_hooks.values()]
             hooks += [*part._backward_pre_hooks.values(), *part._forward_hooks.values()]
+            hooks = [hook for hook in hooks if not (is_unit and sharding.is_own_hook(hook))]
             if any(getattr(hook, "__module__", None) not in harmless_hooks for hook in hooks):
                 return f"a {type(part).__name__} in it has a hook"
-        stack.extend(child for child in part._modules.values() if child is not None)
+        stack.extend((child, is_elsewhere) for child in part._modules.values() if child is not None)
     if len(dtypes) > 1:
         return f"its parameters are of several dtypes: {', '.join(sorted(str(dtype) for dtype in dtypes))}"
     return None

@@ -1,4 +1,4 @@
-"""Accelerated transformers models with a head: what tells them apart, threads, losses alone, and sharded parameters."""
+"""Accelerated transformers models with a head: what tells them apart, threads, and losses alone."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
-from torch.distributed.fsdp import fully_shard
 
 import bert_fast
-from bert_fast.ops import FallbackWarning
 
 CONFIG = transformers.BertConfig(
     vocab_size=100,
@@ -87,21 +84,3 @@ def test_a_loss_alone_is_the_same_where_the_plain_path_has_to_run(kind: type[Any
     torch.testing.assert_close(model(**inputs, loss_only=True, num_items_in_batch=divisor).loss, expected)
     (alone,) = model(**inputs, loss_only=True, num_items_in_batch=divisor, return_dict=False)
     torch.testing.assert_close(alone, expected)
-
-
-def test_layers_sharded_with_fsdp_run_the_plain_path() -> None:
-    """The ops would look for parameters in memory that is not there."""
-    expected = make(transformers.BertModel)(ids()).last_hidden_state
-    model = bert_fast.accelerate(make(transformers.BertModel))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        for layer in model.encoder.layer:
-            fully_shard(layer, mesh=dist.init_device_mesh("cpu", (1,)))
-        with torch.no_grad(), pytest.warns(FallbackWarning, match="a FSDPBertLayer stands in it"):
-            torch.testing.assert_close(model(ids()).last_hidden_state, expected)
-        rows = model(ids()).last_hidden_state
-        torch.testing.assert_close(rows, expected)
-        rows.sum().backward()
-        assert all(parameter.grad is not None for parameter in model.encoder.parameters())
-    finally:
-        dist.destroy_process_group()

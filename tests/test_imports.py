@@ -20,18 +20,19 @@ ALLOWED = {
     "disk": set(),
     "config": {"activation", "folders"},
     "outputs": set(),
+    "sharding": set(),
     "ragged": set(),
     "inputs": {"checks", "config", "ragged"},
     "heads": LIGHT,
     "sentence_embedding": LIGHT | {"heads"},
     "reference": LIGHT | {"heads", "sentence_embedding"},
     "ops": {"kernels", "_C", "ops", "checks"},
-    "encoder": LIGHT | {"ops"},
-    "engine": LIGHT | {"encoder", "engine", "kernels", "ops", "_C"},
+    "encoder": LIGHT | {"ops", "sharding"},
+    "engine": LIGHT | {"encoder", "engine", "kernels", "ops", "sharding", "_C"},
     "masked_lm": LIGHT | {"encoder", "engine", "heads", "ops"},
     "modules": LIGHT
     | {"encoder", "engine", "masked_lm"}
-    | {"heads", "reference", "ops", "loading", "sentence_embedding"},
+    | {"heads", "reference", "ops", "loading", "sentence_embedding", "sharding"},
     "electra": LIGHT | {"encoder", "engine", "masked_lm", "modules"} | {"heads", "reference", "folders", "loading"},
     "drop_in": LIGHT | {"encoder", "engine", "heads", "masked_lm", "modules", "ops"},
 }

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from bert_fast import activation, ops
@@ -24,6 +23,7 @@ from bert_fast.engine.fingerprint import fingerprint
 from bert_fast.engine.gpu import MAX_HEAD_DIM, GpuEngine
 from bert_fast.inputs import BertInputs
 from bert_fast.ragged import Padding, Ragged
+from bert_fast.sharding import is_sharded
 
 #: What the products are computed in, by the type of the device. fp32 is exact to rounding; bf16 and fp16 round weights
 #: and activations to bfloat16 and float16; int8 and fp8 (e4m3) quantise them to 8 bits. Sums, the statistics of
@@ -130,7 +130,7 @@ def serving(
     if not runs or ops.forced() not in (None, _FUSED[device_type]) or _is_looked_at(device_type):
         check_not_released(bert, "it is compiled, differentiated or cast by somebody")
         return None
-    if _is_sharded(bert):
+    if is_sharded(bert):
         check_not_released(bert, "its parameters are sharded over processes")
         return None
     found = fingerprint(bert)
@@ -151,13 +151,6 @@ def serving(
 def _is_looked_at(device_type: str) -> bool:
     looked_at = is_transformed() or ops.forward_ad_is_on() or torch.is_autocast_enabled(device_type)
     return looked_at or torch.compiler.is_compiling() or is_recorded()
-
-
-def _is_sharded(bert: Any) -> bool:
-    """Whether several processes share out its parameters, of which the host then has no address."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    return any(type(parameter) is not nn.Parameter for parameter in bert.parameters())
 
 
 def _refuse_released(reason: str) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
+import transformers
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
+import bert_fast
+from bert_fast.ops import FallbackWarning
 from bert_fast.training.trainer import Trainer
 
 
@@ -41,6 +47,33 @@ class Stream(IterableDataset[dict[str, Any]]):
         return iter(tiny.padded())
 
 
+def classify(model: Any, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The gradients of the mean loss of labelled texts, by name."""
+    batch = {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+    model(**batch).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def bert() -> Any:
+    """transformers' own, accelerated; the same weights on every call."""
+    torch.manual_seed(7)
+    config = transformers.BertConfig(**dataclasses.asdict(tiny.config(0.0)))
+    return bert_fast.accelerate(transformers.BertForSequenceClassification(config))
+
+
+def sharded(folder: Path) -> None:
+    """The gradients of a model whose layers are shared out, each process with every second text."""
+    model, rank = bert(), torch.distributed.get_rank()
+    for module in (*model.bert.encoder.layer, model):
+        fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        grads = classify(model, tiny.padded()[rank::2])
+    whole = {name: grad.full_tensor() for name, grad in grads.items()}
+    if rank == 0:
+        torch.save(whole, folder / "sharded.pt")
+
+
 def main(folder: Path) -> None:
     """All runs."""
     torch.set_num_threads(1)
@@ -59,6 +92,7 @@ def main(folder: Path) -> None:
     Trainer(tiny.masked_lm(), arguments, train_dataset=tiny.examples(), data_collator=tiny.masking()).train()
     arguments = tiny.arguments(folder / "stream", max_steps=2, per_device_train_batch_size=3)
     Trainer(tiny.classifier(0.0), arguments, train_dataset=Stream()).train()
+    sharded(folder)
     torch.distributed.destroy_process_group()
 
 

@@ -67,3 +67,10 @@ def test_a_stream_is_shared_out(folder: Path, tmp_path: Path) -> None:
     expected, lines = ([x for x in read(f / METRICS_FILE) if "loss" in x] for f in (tmp_path, folder / "stream"))
     assert [line["tokens"] for line in lines] == [line["tokens"] for line in expected]
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
+
+
+def test_sharded_layers_have_the_gradients_of_one_process(folder: Path) -> None:
+    """FSDP2: the mean of what the processes have of their texts."""
+    found = torch.load(folder / "sharded.pt")
+    for name, grad in many.classify(many.bert(), tiny.padded()).items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-6, msg=name)

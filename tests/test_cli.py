@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from bert_fast import benchmarking, timing, verify
@@ -51,6 +52,26 @@ def test_help_lists_the_commands_and_needs_no_torch():
     for command in ("embed", "search", "verify", "info", "doctor", "bench", "tune"):
         assert f" {command} " in out
     assert out.endswith("False False\n")
+
+
+@pytest.mark.parametrize(
+    "command", ["finetune", "pretrain", "distill", "search-hparams", "vocab train", "data pretrain"]
+)
+def test_help_has_the_names_of_options_in_full(command, monkeypatch):
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    shown = run(*command.split(), "--help").stdout
+    assert "…" not in shown
+    words = set(shown.split())
+    found = app_command(command)
+    assert {name for option in found.params for name in option.opts if name.startswith("--")} <= words
+
+
+def app_command(command):
+    """The click command behind words such as `vocab train`."""
+    found = typer.main.get_command(app)
+    for word in command.split():
+        found = found.commands[word]
+    return found
 
 
 def test_version():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from bert_fast import __version__
 
@@ -63,6 +64,26 @@ def group(name: str, help: str) -> typer.Typer:
 DATA = group("data", "Make pre-training data of text, look into them, and into the files of tasks.")
 
 
+class _Command(TyperCommand):
+    """A command whose help has the names of its options in full: typer's cuts those that are long."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from rich.table import Table
+        from typer import rich_utils
+
+        class Narrowed(Table):
+            """Only the last column, what an option is for, gives way."""
+
+            def add_row(self, *cells: Any, **options: Any) -> None:
+                super().add_row(*cells, **options)
+                for column in self.columns[:-1]:
+                    column.no_wrap = True
+
+        rich_utils.Table = Narrowed  # type: ignore[misc]
+        rich_utils.RANGE_STRING = ""  # the errors say it; here it takes the room of the names
+        super().format_help(ctx, formatter)
+
+
 def command(
     name: str | None = None, *, into: typer.Typer = app, extra_arguments: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -74,7 +95,7 @@ def command(
         extra_arguments: whether flags that the function does not name are its business: `typer.Context.args` has them.
     """
     settings = {"ignore_unknown_options": True, "allow_extra_args": True} if extra_arguments else {}
-    return lambda function: into.command(name, context_settings=settings)(_guarded(function))
+    return lambda function: into.command(name, cls=_Command, context_settings=settings)(_guarded(function))
 
 
 def _guarded(function: Callable[..., None]) -> Callable[..., None]:

@@ -35,7 +35,7 @@ from bert_fast.cli._files import (
     read_options,
 )
 
-KINDS = "For single kinds of tasks (if not given: as the data set has it, or as published)"
+KINDS = "For some kinds of tasks (default: the data set's, or as published)"
 
 FineTunedModel = Annotated[str, typer.Argument(metavar="MODEL", help="A folder that bert-fast finetune left.")]
 Split = Annotated[str, typer.Option(help="Which part, where FILE is the folder of a data set.")]
@@ -50,9 +50,7 @@ FilesOf = Annotated[
 
 
 def _kind(name: str, help: str, **options: Any) -> Any:
-    return typer.Option(
-        name, help=help, rich_help_panel=KINDS, show_default="the data set's, or as published", **options
-    )
+    return typer.Option(name, help=help, rich_help_panel=KINDS, **options)
 
 
 @command(extra_arguments=True)
@@ -106,7 +104,7 @@ def finetune(
     return_entity_level_metrics: Annotated[
         bool | None, _kind("--return_entity_level_metrics", "Tokens: also score each type of entity.")
     ] = None,
-    doc_stride: Annotated[int | None, _kind("--doc_stride", "Questions: tokens between two windows.")] = None,
+    doc_stride: Annotated[int | None, _kind("--doc_stride", "Questions: tokens from window to window.")] = None,
     max_query_length: Annotated[int | None, _kind("--max_query_length", "Questions: tokens of a question.")] = None,
     max_answer_length: Annotated[int | None, _kind("--max_answer_length", "Questions: tokens of an answer.")] = None,
     n_best_size: Annotated[int | None, _kind("--n_best_size", "Questions: answers that are considered.")] = None,
@@ -225,8 +223,10 @@ def predict(
     columns = read_columns(text_column, text_pair_column, None, column)
     tuned = recipe.load(model, device=device, precision=precision)
     tuned = tuned if task_name is None else recipe.of_data(tuned, task_name)
-    part = recipe.predict(tuned, file, output, split=split, columns=columns, submission=submission)
+    part, files = recipe.predict(tuned, file, output, split=split, columns=columns, submission=submission)
     print(f"{output}: {len(part.examples)} examples{_notes(part)}")
+    for path in files:
+        print(path)
 
 
 def _notes(part: Any) -> str:

@@ -84,8 +84,9 @@ def _fail(table: Table, layouts: Sequence[Columns]) -> None:
         for column in layouts[0].values():
             for part in column.split(","):
                 require_column(table, part)
+    hint = f"say which column is which, as --column {next(iter(layouts[-1]))}={next(iter(table.columns))}"
     known = " or ".join(", ".join(layout.values()) for layout in layouts)
-    raise ValueError(f"{table.path} has no columns {known}; it has: {_names(table)}; say which column is which")
+    raise ValueError(f"{table.path} has no columns {known}; it has: {_names(table)}; {hint}")
 
 
 def _names(table: Table) -> str:

@@ -7,9 +7,11 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -51,7 +53,8 @@ def map_in_order(
         waiting: deque[tuple[Any, Future[Any]]] = deque()
         try:
             for item in items:
-                waiting.append((item, pool.submit(_call, function, item)))
+                with _without_interrupts():
+                    waiting.append((item, pool.submit(_call, function, item)))
                 if len(waiting) > 2 * num_workers:
                     yield _result(*waiting.popleft())
             while waiting:
@@ -70,9 +73,19 @@ def map_in_order(
 def _begin(end: Connection, setup: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     global _state
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and ends
     threading.Thread(target=_end_with, args=(end,), daemon=True).start()
     _state = setup(*arguments)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that are started inside never get SIGINT: the parent gets it, too, and ends them."""
+    resource_tracker.ensure_running()  # as it starts, it lets SIGINT through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with(end: Connection) -> None:

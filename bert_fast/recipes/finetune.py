@@ -27,6 +27,9 @@ from bert_fast.tasks._task import Task
 from bert_fast.tasks.registry import TASK_FILE, save_task
 from bert_fast.tokenization import Tokenizer
 
+#: Characters of a line that every terminal shows.
+WIDTH = 80
+
 
 @dataclass
 class FinetuneSettings:
@@ -90,7 +93,7 @@ class FinetuneResult:
 
     def __str__(self) -> str:
         train = self.train
-        cut = f", {train['num_truncated']} of them cut" if train["num_truncated"] else ""
+        cut = f" ({train['num_truncated']} of them cut)" if train["num_truncated"] else ""
         skipped = "".join(f"; {count} skipped: {reason}" for reason, count in train["skipped"].items())
         speed = f"{train['tokens_per_second']:,.0f} tokens/s"
         done = f"{train['steps']} steps on {train['examples']} examples{cut} in {self.seconds:.1f} s ({speed}){skipped}"
@@ -98,10 +101,12 @@ class FinetuneResult:
 
 
 def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """A line for each split, a column for each metric."""
+    """A line for each split, a column for each metric; the other way round where that is wider than `WIDTH`."""
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     rows = [["", *names]]
     rows += [[split, *(f"{values[n]:.4f}" if n in values else "" for n in names)] for split, values in metrics.items()]
+    if max(map(len, metrics)) + sum(2 + max(6, len(name)) for name in names) > WIDTH:
+        rows = list(map(list, zip(*rows, strict=True)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
     return "\n".join("  ".join(row).rstrip() for row in aligned)

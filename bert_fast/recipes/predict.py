@@ -218,7 +218,7 @@ def predict(
     columns: Mapping[str, str] | None = None,
     submission: str | Path | None = None,
     progress: bool | None = None,
-) -> Split:
+) -> tuple[Split, list[Path]]:
     """Write what a model says of each example of a file, which needs no labels.
 
     Args:
@@ -227,7 +227,7 @@ def predict(
         submission: a folder for the files that the benchmark of the model's data set takes; see `submission`.
 
     Returns:
-        What was read.
+        What was read, and the files of the submission.
 
     Raises:
         ValueError: the file cannot be read, or `output` has another ending; there is no such benchmark.
@@ -238,7 +238,7 @@ def predict(
     part = read_split(tuned, file, split, columns, labelled=False)
     predictions, _ = said_of(tuned, part, progress)
     write_predictions(Path(output), predictions)
-    if submission is not None:
-        benchmark = f"{tuned.data}_mismatched" if split.endswith("_mismatched") else tuned.data
-        write_submission(benchmark, beside(part.examples, predictions), submission)
-    return part
+    if submission is None:
+        return part, []
+    benchmark = f"{tuned.data}_mismatched" if split.endswith("_mismatched") else tuned.data
+    return part, write_submission(benchmark, beside(part.examples, predictions), submission)

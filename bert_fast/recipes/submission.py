@@ -146,7 +146,10 @@ def _conll(line: Line) -> str:
     example = _field(line, "example")
     words, expected = example.get("words"), example.get("tags")
     if words is None or expected is None:
-        raise ValueError(f"the prediction {line['id']!r} has no words with expected tags in its example")
+        raise ValueError(
+            f"the prediction {line['id']!r} has no words with expected tags in its example, which conlleval compares "
+            "with: evaluate writes them, predict does not"
+        )
     return "".join(f"{w} {e} {t}\n" for w, e, t in zip(words, expected, tags, strict=True))
 
 

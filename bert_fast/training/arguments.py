@@ -88,6 +88,8 @@ class TrainingArguments(transformers.TrainingArguments):
         _one_of("on_nan", self.on_nan, ON_NAN)
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay is {self.layer_decay}, expected above 0 and at most 1")
+        if not (self.max_steps > 0 or self.num_train_epochs > 0):
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}, expected above 0")
         for name in ("max_tokens_per_batch", "peak_gflops"):
             value = getattr(self, name)
             if value is not None and not value > 0:

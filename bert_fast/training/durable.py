@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -189,6 +190,8 @@ class DurableTrainer(transformers.Trainer):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
+        if resume_from_checkpoint is not None:
+            self._count_steps(max_steps)
         place = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -205,6 +208,13 @@ class DurableTrainer(transformers.Trainer):
             return place
         _check_order(run["order"], order)
         return self.go_to(run["position"], place)
+
+    def _count_steps(self, max_steps: int) -> None:
+        """Steps that are given as a share of all, as a number: transformers compares them with the checkpoint's."""
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            steps = getattr(self.args, name)
+            if steps is not None and 0 < steps < 1:
+                setattr(self.args, name, math.ceil(max_steps * steps))
 
     def go_to(self, position: dict[str, Any], place: tuple[int, int]) -> tuple[int, int]:
         """The epoch to go on in, and how many of its batches to leave out; `place` is what transformers says."""
@@ -246,8 +256,8 @@ def _checkpoint(output_dir: Path, wanted: str | bool | None) -> str | None:
         return str(checkpoints.chosen(Path(wanted), output_dir))
     if present := checkpoints.listed(output_dir):
         raise ValueError(
-            f"{output_dir} has checkpoints up to {present[-1].name}: go on with resume_from_checkpoint=True, or choose "
-            "another output_dir"
+            f"{output_dir} has checkpoints up to {present[-1].name}: go on with resume_from_checkpoint=True "
+            "(--resume_from_checkpoint true), or choose another output_dir"
         )
     return None
 

@@ -104,7 +104,11 @@ def describe(logs: Mapping[str, Any]) -> str:
     shown = [f"{title} {form.format(logs[name])}" for name, title, form in SHOWN if logs.get(name)]
     return " · ".join(
         shown
-        or [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in logs.items()]
+        or [
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in logs.items()
+            if name != "epoch"  # the line begins with it
+        ]
     )
 
 

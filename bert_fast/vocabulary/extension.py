@@ -36,6 +36,9 @@ MODEL_TYPES = ("bert", "electra")
 #: What the copy of a checkpoint leaves out: weights in other forms, which have the old vocabulary.
 OTHER_WEIGHTS = ("onnx", "openvino", "*.onnx", "*.h5", "*.msgpack", "*.ot", ".*")
 
+#: And what tells of the run that made it: states of its training, its data as ids, its curves and predictions.
+OF_THE_RUN = ("checkpoint-*", "generator", "data", "metrics.*", "predictions_*", "report.html")
+
 
 @dataclass(frozen=True)
 class Extension:
@@ -180,7 +183,8 @@ def extend(path_or_id: str | Path, words: Iterable[str], output: str | Path) -> 
         path_or_id: a BERT or ELECTRA checkpoint or a sentence-transformers folder; a Hub id; or `demo`.
         words: as they are in a text; the tokenizer's normalisation applies.
         output: a new folder, which appears whole or not at all. It holds what the checkpoint's folder does, but for
-            weights in other forms (ONNX and the like); transformers and sentence-transformers load it.
+            weights in other forms (ONNX and the like) and what only the run that made it needs, as its checkpoints;
+            transformers and sentence-transformers load it.
 
     Returns:
         Which words got the ids from `first_id` on, and which were refused.
@@ -211,7 +215,7 @@ def extend(path_or_id: str | Path, words: Iterable[str], output: str | Path) -> 
             f"{vocab_size}"
         )
     state = _with_rows(read_state_dict(source), extension, vocab_size)
-    ignored = shutil.ignore_patterns(*WEIGHT_PATTERNS, *OTHER_WEIGHTS)
+    ignored = shutil.ignore_patterns(*WEIGHT_PATTERNS, *OTHER_WEIGHTS, *OF_THE_RUN)
     with new_folder(output) as building:
         shutil.copytree(folder, building, dirs_exist_ok=True, ignore=ignored)
         for path in (building, *building.rglob("*")):  # a cache may be read-only

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import signal
 
 import corpora
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from bert_fast import disk
+from bert_fast.data import workers
 from bert_fast.data.corpus import write_corpus
 from bert_fast.data.encoding import Encoder, TokenizerVocabulary
 from bert_fast.data.inspect import instances, statistics
@@ -344,3 +346,10 @@ def test_folders_that_are_refused(tmp_path, made):
     shard.unlink()
     with pytest.raises(ValueError, match=r"shard-00001\.arrow is missing"):
         ShardDataset(tmp_path / "out")
+
+
+def test_workers_leave_an_interrupt_to_the_parent_from_their_first_moment():
+    """They would say so with a traceback each, as they import what they need."""
+    blocked = workers.map_in_order(signal.pthread_sigmask, [()], 2, int, signal.SIG_BLOCK)
+    assert [signal.SIGINT in signals for _, signals in blocked] == [True]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

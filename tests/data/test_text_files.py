@@ -108,7 +108,11 @@ def test_a_column_for_each_label(tmp_path):
     ("columns", "message"),
     [
         ({"text": "review"}, "has no column 'review'; it has: 'body', 'label'"),
-        ({}, "has no columns text, text_pair or text or .*; it has: 'body', 'label'; say which column is which"),
+        (
+            {},
+            "has no columns text, text_pair or text or .*; it has: 'body', 'label'; say which column is which, "
+            "as --column text=body",
+        ),
         ({"txt": "body"}, "there is no role 'txt' to give a column to; there are: id, label, text, text_pair"),
     ],
 )

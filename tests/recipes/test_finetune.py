@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from bert_fast.loading import read_config
 from bert_fast.recipes import predict
-from bert_fast.recipes.finetune import FinetuneSettings, finetune
+from bert_fast.recipes.finetune import FinetuneSettings, finetune, table
 from bert_fast.saving import save_pretrained
 from bert_fast.tasks.registry import load_task
 
@@ -290,3 +290,14 @@ def test_a_tokenizer_of_another_model_is_named(tmp_path):
         ValueError, match=r"does not fit its model: .* has the id 30521, but the table .* has 1000 rows"
     ):
         finetune(settings(small, tmp_path / "run"))
+
+
+def test_a_table_that_is_too_wide_stands_upright():
+    metrics = {
+        "validation": {"accuracy": 0.5, **{f"f1_of_{label}": 0.25 for label in "abcdefg"}},
+        "test": {"accuracy": 1.0},
+    }
+    lines = [line.split() for line in table(metrics).splitlines()]
+    assert lines[:3] == [["validation", "test"], ["accuracy", "0.5000", "1.0000"], ["f1_of_a", "0.2500"]]
+    assert max(map(len, table({"validation": metrics["test"]}).splitlines())) < 30
+    assert table({"test": metrics["test"]}).split() == ["accuracy", "test", "1.0000"]

@@ -53,6 +53,7 @@ def test_from_files_to_predictions(base, tmp_path):
     ("options", "message"),
     [
         (["--warmup", "3"], "--warmup is no option of this command nor one of TrainingArguments; did you mean"),
+        (["--num_train_epochs", "0", "--max_steps", "-1"], "num_train_epochs is 0.0, expected above 0"),
         (["--optimizer", "sgd"], "optimizer is 'sgd', expected one of adamw"),
         (["--label_column", "stars"], "stars"),
         (["--column", "stars"], "--column is 'stars', expected ROLE=NAME"),

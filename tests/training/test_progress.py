@@ -77,7 +77,7 @@ def test_a_line_for_people() -> None:
         "loss 2.5000 · lr 5.00e-05 · gradient 1.25 · tokens/s 12,346 · GFLOP/s 45.7 · of peak 61%"
     )
     assert describe({**logs, "skipped_steps": 2}).endswith("of peak 61% · skipped steps 2")
-    assert describe({"train_runtime": 12.34567}) == "train_runtime 12.35"
+    assert describe({"train_runtime": 12.34567, "epoch": 1.5}) == "train_runtime 12.35"
 
 
 def test_the_plot_has_what_there_is(tmp_path: Path) -> None:

@@ -213,6 +213,13 @@ def test_no_whole_checkpoint_is_an_error_that_says_why(saved: Path) -> None:
         run(saved).train(resume_from_checkpoint=True)
 
 
+def test_steps_as_a_share_are_those_of_the_checkpoint(saved: Path) -> None:
+    """transformers compares the two, and would warn of a difference that is none."""
+    again = run(saved, max_steps=5, logging_steps=0.2)
+    again.train(resume_from_checkpoint=True)
+    assert again.args.logging_steps == again.state.logging_steps == 1
+
+
 def test_runs_are_not_mixed(saved: Path) -> None:
     with pytest.raises(ValueError, match="has checkpoints up to checkpoint-4: go on with resume_from_checkpoint=True"):
         run(saved).train()

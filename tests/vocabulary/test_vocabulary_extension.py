@@ -263,10 +263,12 @@ def test_the_output_is_whole_or_not_there(tiny, tmp_path):
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["source", "taken"]
 
 
-def test_other_forms_of_the_weights_stay_behind(tiny, tmp_path):
+def test_other_forms_of_the_weights_and_states_of_a_run_stay_behind(tiny, tmp_path):
     source = shutil.copytree(tiny, tmp_path / "source")
     (source / "onnx").mkdir()
-    for name in ("onnx/model.onnx", "pytorch_model.bin", "tf_model.h5", "README.md"):
+    (source / "checkpoint-8").mkdir()
+    of_the_run = ("checkpoint-8/optimizer.pt", "metrics.jsonl", "predictions_test.jsonl", "report.html")
+    for name in ("onnx/model.onnx", "pytorch_model.bin", "tf_model.h5", *of_the_run, "README.md"):
         (source / name).write_bytes(b"x")
     for path in source.iterdir():
         path.chmod(path.stat().st_mode & ~0o222)  # as in a cache that is not to be written

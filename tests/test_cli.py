@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from bert_fast import benchmarking, timing, verify
 from bert_fast.cli import app
+from bert_fast.cli._app import PANELS
 from bert_fast.embedder import Embedder
 
 pytestmark = pytest.mark.filterwarnings("ignore::bert_fast.ops.FallbackWarning")
@@ -45,12 +46,10 @@ def texts(tmp_path):
     return path
 
 
-def test_help_lists_the_commands_and_needs_no_torch():
+def test_help_needs_no_torch():
     code = "import sys; sys.argv[1:] = ['--help']\ntry:\n    from bert_fast.cli import app; app()\n"
     code += "finally:\n    print('torch' in sys.modules, 'numpy' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for command in ("embed", "search", "verify", "info", "doctor", "bench", "tune"):
-        assert f" {command} " in out
     assert out.endswith("False False\n")
 
 
@@ -339,3 +338,45 @@ def test_embed_writes_as_it_goes_what_encode_returns(tmp_path):
     assert result.exit_code == 0, result.output
     vectors = np.load(tmp_path / "v.npy", mmap_mode="r")
     np.testing.assert_allclose(vectors, Embedder("demo").encode(texts), atol=1e-6)
+
+
+def test_the_help_has_every_command_in_the_panel_where_people_look_for_it():
+    shown = run("--help").stdout
+    panels = [shown.index(panel) for panel in PANELS]
+    assert panels == sorted(panels)
+    for panel, names in PANELS.items():
+        places = [shown.index(f"│ {name} ") for name in names]
+        assert places == sorted(places)
+        assert places[0] > shown.index(panel)
+    registered = {entry.name for entry in (*app.registered_groups, *app.registered_commands)}
+    assert registered == {name for names in PANELS.values() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("embed demo --foo 3", "No such option: --foo; see"),
+        ("bench demo --repeats x", "Invalid value for '--repeats'"),
+        ("fintune", "No such command 'fintune'"),
+        ("vocab trai", "vocab --help"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(line, message):
+    done = run(*line.split())
+    assert_refused(done, message)
+
+
+@pytest.mark.parametrize("line", [[], ["vocab"]])
+def test_a_name_alone_shows_the_help_once(line):
+    done = run(*line)
+    assert done.exit_code == 2
+    assert (done.stdout + done.stderr).count("Usage:") == 1
+
+
+def test_an_error_of_ours_has_its_traceback(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("bert_fast.info.describe", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        app(["info", "demo"])

@@ -12,11 +12,12 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from bert_fast import __version__
 
@@ -25,7 +26,46 @@ SETTINGS: dict[str, Any] = {
     "token_normalize_func": lambda token: token.replace("_", "-"),  # --train_file is --train-file
 }
 
+#: The panels of `--help`, and the commands in them, in the order in which people need them.
+PANELS = {
+    "Use a model": ("embed", "search", "fill", "generate"),
+    "Fine-tune it on labelled files": ("finetune", "evaluate", "predict", "search-hparams", "report", "submission"),
+    "Make it smaller, give it away": ("distill", "export"),
+    "From text to a model": ("vocab", "data", "pretrain", "transfer"),
+    "Check and measure": ("info", "verify", "bench", "doctor", "tune"),
+}
+
+
+class _Application(TyperGroup):
+    """Its commands in the order of `PANELS`; what is wrong with a command line in one line, as every other error."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for names in PANELS.values() for name in names]
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        run = partial(super().main, *args, **{**options, "standalone_mode": False})
+        if not options.get("standalone_mode", True):
+            return run()
+        try:
+            code = run()
+        except Exception as error:
+            # click's exceptions, which typer has under names of its own in some versions.
+            if not hasattr(error, "format_message"):
+                raise
+            if type(error).__name__ != "NoArgsIsHelpError":  # the help has been printed
+                path = getattr(getattr(error, "ctx", None), "command_path", "bert-fast")
+                reason = " ".join(error.format_message().split()).removesuffix(".")
+                print(f"bert-fast: {reason}; see {path} --help", file=sys.stderr)
+            code = getattr(error, "exit_code", 2)
+        sys.exit(code or 0)
+
+
+def _panel(name: str) -> str:
+    return next(panel for panel, names in PANELS.items() if name in names)
+
+
 app = typer.Typer(
+    cls=_Application,
     help="A fast BERT: vectors and search, training from text to a fine-tuned model, and proof that it is right.",
     no_args_is_help=True,
     add_completion=False,
@@ -56,7 +96,7 @@ Entities = Annotated[Path | None, typer.Option(help="Lines of a mention, a tab, 
 def group(name: str, help: str) -> typer.Typer:
     """A command that has commands of its own, as `bert-fast vocab train`."""
     commands = typer.Typer(help=help, no_args_is_help=True, context_settings=SETTINGS)
-    app.add_typer(commands, name=name)
+    app.add_typer(commands, name=name, rich_help_panel=_panel(name))
     return commands
 
 
@@ -95,7 +135,13 @@ def command(
         extra_arguments: whether flags that the function does not name are its business: `typer.Context.args` has them.
     """
     settings = {"ignore_unknown_options": True, "allow_extra_args": True} if extra_arguments else {}
-    return lambda function: into.command(name, cls=_Command, context_settings=settings)(_guarded(function))
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        called = name or function.__name__.replace("_", "-")
+        panel = _panel(called) if into is app else None
+        return into.command(called, cls=_Command, context_settings=settings, rich_help_panel=panel)(_guarded(function))
+
+    return register
 
 
 def _guarded(function: Callable[..., None]) -> Callable[..., None]:

@@ -193,7 +193,7 @@ class ElectraConfig(BertConfig):
         return replace(
             self,
             hidden_size=width,
-            num_hidden_layers=round(self.num_hidden_layers * layers),
+            num_hidden_layers=max(1, round(self.num_hidden_layers * layers)),
             num_attention_heads=next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0),
             intermediate_size=4 * width,
         )

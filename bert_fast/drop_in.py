@@ -33,11 +33,11 @@ def accelerate(model: nn.Module, *, precision: str | None = None, free_originals
     time. While one is recorded, no thread may wait for the whole device (`torch.cuda.synchronize`) or draw random
     numbers on it.
 
-    The model keeps its class, signature, outputs, `state_dict` and the very same parameters. Two things differ from
-    the plain path: positions that `attention_mask` hides come back as zeros, and the pooler, or what
-    reads the first token in its place, reads the first one that the mask keeps (the first position, unless the batch is
-    padded on the left). Calls that the ops do not serve, such
-    as `output_attentions=True`, run the plain path; so does a model that is being exported or traced.
+    The model keeps its class, signature, outputs, `state_dict` and the very same parameters. Two things differ from the
+    plain path: positions that `attention_mask` hides come back as zeros, and the pooler, or what reads the first token
+    in its place, reads the first one that the mask keeps (the first position, unless the batch is padded on the left).
+    Calls that the ops do not serve, such as `output_attentions=True`, run the plain path; so does a model that is being
+    exported or traced.
 
     It trains like the original. Dropout is drawn from torch's generator, another mask than the original would draw,
     with a probability rounded to a 256th. Gradients of gradients (`create_graph=True`) need

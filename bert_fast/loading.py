@@ -95,7 +95,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             raise ValueError(f"{index} names the file {file!r}, expected one in its own folder")
         state.update(_read_safetensors(index.parent / file))
     if absent := [name for name in weight_map if name not in state]:
-        raise ValueError(f"{index} lists weights that its files do not hold: {_listed(absent)}")
+        raise ValueError(f"{index} lists weights that its files do not hold: {listed(absent)}")
     return state
 
 
@@ -242,9 +242,9 @@ def _report_unused(state: dict[str, Tensor], parameters: dict[str, nn.Parameter]
     unused = [name for name in state if name not in parameters]
     other_head = [name for name in unused if _bare(name).startswith(HEAD_PREFIXES)]
     if other_head:
-        logger.info("%s has no use for these weights of the checkpoint: %s", model, _listed(other_head))
+        logger.info("%s has no use for these weights of the checkpoint: %s", model, listed(other_head))
     if unknown := [name for name in unused if name not in other_head]:
-        warnings.warn(f"{model} has no place for these weights of the checkpoint: {_listed(unknown)}", stacklevel=4)
+        warnings.warn(f"{model} has no place for these weights of the checkpoint: {listed(unknown)}", stacklevel=4)
 
 
 def _missing(state: dict[str, Tensor], parameters: dict[str, nn.Parameter], model: str) -> list[list[str]]:
@@ -252,10 +252,10 @@ def _missing(state: dict[str, Tensor], parameters: dict[str, nn.Parameter], mode
     groups = [aliases for aliases in names_of_each(parameters) if not any(name in state for name in aliases)]
     missing = [aliases[0] for aliases in groups]
     if absent := [name for name in missing if _bare(name).startswith(ENCODER_PREFIXES)]:
-        raise ValueError(f"the checkpoint lacks {len(absent)} weights of {model}: {_listed(absent)}")
+        raise ValueError(f"the checkpoint lacks {len(absent)} weights of {model}: {listed(absent)}")
     if missing:
         warnings.warn(
-            f"the checkpoint has no weights for this head of {model}, which starts untrained: {_listed(missing)}",
+            f"the checkpoint has no weights for this head of {model}, which starts untrained: {listed(missing)}",
             stacklevel=4,
         )
     return groups
@@ -322,7 +322,8 @@ def _assign(model: nn.Module, names: list[str], parameter: nn.Parameter) -> None
         setattr(model.get_submodule(owner), leaf, parameter)
 
 
-def _listed(names: Iterable[str], limit: int = 12) -> str:
+def listed(names: Iterable[str], limit: int = 12) -> str:
+    """The first of some names, and how many there are besides; "nothing" for none."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return (", ".join(names[:limit]) or "nothing") + more

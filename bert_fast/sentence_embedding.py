@@ -68,9 +68,12 @@ class EmbeddingSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected above 0")
         if self.max_seq_length < 3:
             raise ValueError(f"max_seq_length is {self.max_seq_length}, expected at least 3")
-        if self.mini_batch_size is not None and self.mini_batch_size < 1:
-            raise ValueError(f"mini_batch_size is {self.mini_batch_size}, expected at least 1")
-        if self.gather_across_devices and self.loss != "multiple_negatives_ranking":
+        size, gather = self.mini_batch_size, self.gather_across_devices
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"mini_batch_size is {size!r}, expected a whole number of at least 1")
+        if type(gather) is not bool:
+            raise ValueError(f"gather_across_devices is {gather!r}, expected true or false")
+        if gather and self.loss != "multiple_negatives_ranking":
             raise ValueError(f"gather_across_devices is for multiple_negatives_ranking, but the loss is {self.loss}")
 
     @classmethod

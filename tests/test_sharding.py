@@ -103,6 +103,13 @@ def test_sharded_layers_answer_without_gradients() -> None:
     torch.testing.assert_close(found[MASK == 1], expected[MASK == 1])
 
 
+def test_a_precision_that_shards_cannot_have_is_said_to_be_left_out() -> None:
+    model = make().eval()
+    shard(bert_fast.accelerate(model, precision="int8"), ("BertLayer",))
+    with torch.no_grad(), pytest.warns(FallbackWarning, match="precision 'int8' is left out: the parameters are shar"):
+        model(input_ids=IDS, attention_mask=MASK)
+
+
 def test_sharded_layers_in_mixed_precision() -> None:
     """bfloat16 where FSDP has the layers so: near float32, and not the same."""
     model = make()

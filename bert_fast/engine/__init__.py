@@ -134,6 +134,8 @@ def serving(
         return None
     if is_sharded(bert):
         check_not_released(bert, "its parameters are sharded over processes")
+        if precision is not None:
+            ops.warn_of_fallback(f"precision {precision!r} is left out: the parameters are sharded over processes")
         return None
     found = fingerprint(bert)
     with _lock:

@@ -93,7 +93,7 @@ def write_card(folder: str | Path, title: str | None = None) -> Path:
     sections = [
         f"# {title}",
         _introduction(kind, base, config),
-        *_scored(scores, results.get("main_metric")),
+        *_scored(scores, _chosen_by(results)),
         *_data(results),
         *_recipe(results),
         _loading(name, kind, title),
@@ -182,7 +182,13 @@ def _introduction(kind: Kind, base: str | None, config: Mapping[str, Any]) -> st
     )
 
 
-def _scored(scores: Mapping[str, Mapping[str, float]], main_metric: str | None) -> list[str]:
+def _chosen_by(results: Mapping[str, Any]) -> str | None:
+    """The metric that said which checkpoint is the best: the one asked for, or the task's main one."""
+    asked = (results["settings"].get("arguments") or {}).get("metric_for_best_model")
+    return results.get("main_metric") if asked is None else str(asked).removeprefix("eval_")
+
+
+def _scored(scores: Mapping[str, Mapping[str, float]], metric: str | None) -> list[str]:
     if not scores:
         return ["## Scores\n\nNone: nothing was held out to measure it on."]
     names = list(dict.fromkeys(name for values in scores.values() for name in values))
@@ -190,7 +196,7 @@ def _scored(scores: Mapping[str, Mapping[str, float]], main_metric: str | None) 
         [split, *(f"{values[name]:.4f}" if name in values else "" for name in names)]
         for split, values in scores.items()
     ]
-    chosen = f"\n\nThe checkpoint was chosen by {main_metric}, on the validation examples." if main_metric else ""
+    chosen = f"\n\nThe checkpoint was chosen by {metric}, on the validation examples." if metric else ""
     return ["## Scores\n\n" + _table(["", *names], rows) + (chosen if "validation" in "".join(scores) else "")]
 
 

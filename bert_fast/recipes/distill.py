@@ -98,7 +98,7 @@ class DistillResult:
 
     Attributes:
         output_dir: where the student is.
-        main_metric: the one that chose it.
+        main_metric: the one that the task goes by.
         teacher, student: what they score and how fast they are, timed side by side.
         num_timed: on so many texts.
         seconds: of training.

@@ -79,7 +79,7 @@ class FinetuneResult:
     Attributes:
         output_dir: where the model is.
         metrics: split -> metric -> value, of the model that was kept; `loss` beside them, where the task has one.
-        main_metric: the one that chose it.
+        main_metric: the one that the task goes by.
         seconds: of training, evaluations on the way included.
         train: what else is known of the training: `seconds`, `steps`, `examples`, `tokens_per_second`, `skipped`,
             `num_truncated`.

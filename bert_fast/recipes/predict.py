@@ -142,7 +142,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def of_data(tuned: FineTuned, name: str) -> FineTuned:
-    """The same model for the files of another data set, by whose metrics it is scored, as `ax` for one of `mnli`.
+    """The same model for the files of another data set, as `ax` for one of `mnli`; classes are scored by its metrics.
 
     Raises:
         ValueError: there is no such data set, it is of another kind, or has labels that the model has not.

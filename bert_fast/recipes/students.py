@@ -76,6 +76,13 @@ def student_of(teacher: Head, config: BertConfig) -> Head:
                 f"the student's {name} is {getattr(config, name)}, more than the teacher's {getattr(theirs, name)}, "
                 "whose weights it is to start from; --student takes a trained model of any size"
             )
+    projects = [each.embedding_size != each.hidden_size for each in (config, theirs)]
+    if projects == [True, False]:
+        raise ValueError(
+            f"the student's embedding_size is {config.embedding_size} beside a hidden_size of {config.hidden_size}, "
+            f"but the teacher has {theirs.embedding_size} in both, and no projection to start from; --student takes a "
+            "trained model of any size"
+        )
     student = type(teacher)(dataclasses.replace(config, **{name: getattr(theirs, name) for name in OF_THE_TASK}))
     weights = dict(teacher.named_parameters(remove_duplicate=False))
     layers = copied_layers(config.num_hidden_layers, theirs.num_hidden_layers)

@@ -41,7 +41,7 @@ class BatchedTrainer(DurableTrainer):
         if args.max_tokens_per_batch is not None and spans:
             raise ValueError(
                 f"max_tokens_per_batch is {args.max_tokens_per_batch}, but the start_positions of transformers' "
-                "BertForQuestionAnswering count from the beginning of a padded text: take bert_fast's, or leave it out"
+                f"{type(model).__name__} count from the beginning of a padded text: take bert_fast's, or leave it out"
             )
         self.followers: list[Any] = [self.data_collator] if hasattr(self.data_collator, "set_epoch") else []
         self._sampler: TokenBudgetSampler | PhasedSampler | None = None

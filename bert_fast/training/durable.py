@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from transformers.trainer_pt_utils import nested_gather
 
 from bert_fast import disk, saving
 from bert_fast.heads import Head
-from bert_fast.loading import names_of_each
+from bert_fast.loading import listed, names_of_each
 from bert_fast.training import checkpoints
 from bert_fast.training.arguments import TrainingArguments
 from bert_fast.training.memory import kept_memory
@@ -178,8 +177,8 @@ class DurableTrainer(transformers.Trainer):
         missing = set(load_result.missing_keys) - tied
         if missing or load_result.unexpected_keys:
             raise ValueError(
-                f"the checkpoint does not fit the {type(self.model).__name__}: it lacks {_few(missing)} and has "
-                f"{_few(load_result.unexpected_keys)} besides"
+                f"the checkpoint does not fit the {type(self.model).__name__}: it lacks {listed(sorted(missing), 3)} and has "
+                f"{listed(sorted(load_result.unexpected_keys), 3)} besides"
             )
 
     def _init_training_state(
@@ -282,9 +281,3 @@ def _check_order(before: dict[str, Any], now: dict[str, Any]) -> None:
             f"the run cannot go on where it was, for its batches would be other ones: {differences}. With "
             "ignore_data_skip=True it goes on from the beginning of an epoch"
         )
-
-
-def _few(names: Collection[str]) -> str:
-    """The first three, and how many there are besides."""
-    first = ", ".join(sorted(names)[:3]) or "nothing"
-    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first

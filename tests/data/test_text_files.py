@@ -207,6 +207,7 @@ def test_minus_one_is_no_label(tmp_path, label):
     found = read("classification", path, labelled=True, no_label=-1)
     assert ([e.label for e in found.examples], found.skipped) == (["0", "1"], {NO_LABEL: 1})
     assert [e.label for e in read("classification", path, no_label="-1").examples] == ["0", None, "1"]
+    assert [e.label for e in read("classification", path, no_label="-1.0").examples] == ["0", None, "1"]
     assert {e.label for e in read("classification", path, no_label="none").examples} >= {"0", "1"}
     assert len({e.label for e in read("classification", path, no_label="none").examples}) == 3
 

@@ -98,6 +98,13 @@ def test_a_card_of_each_kind_is_what_the_hub_reads(kind, folder):
     }
 
 
+def test_a_card_names_the_metric_that_chose_the_checkpoint(folder):
+    told = results()
+    told["settings"] = {**told["settings"], "arguments": {"metric_for_best_model": "eval_loss"}}
+    (folder / "results.json").write_text(json.dumps(told))
+    assert "The checkpoint was chosen by loss, on" in write_card(folder).read_text()
+
+
 def test_a_card_says_data_recipe_and_scores_and_no_paths(folder):
     text = write_card(folder).read_text()
     for wanted in (

@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bert_fast import BertConfig
+from bert_fast.config import ElectraConfig
+from bert_fast.electra import ElectraForSequenceClassification
 from bert_fast.modules import BertForSequenceClassification
 from bert_fast.recipes.students import copied_layers, shallower, student_of
 
@@ -80,6 +82,13 @@ def test_a_narrower_student_has_the_same_features_everywhere(teacher):
 def test_what_cannot_start_from_the_teacher_says_so(teacher, fields, message):
     with pytest.raises(ValueError, match=message):
         student_of(teacher, config(**fields))
+
+
+def test_a_projection_that_the_teacher_has_not_is_no_start():
+    shape = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    wide, narrow = (ElectraConfig(**shape, intermediate_size=24, embedding_size=size) for size in (16, 8))
+    with pytest.raises(ValueError, match="embedding_size is 8 beside a hidden_size of 16, but the teacher has 16 in"):
+        student_of(ElectraForSequenceClassification(wide), narrow)
 
 
 def test_a_number_of_layers_that_is_none_says_so():

@@ -356,8 +356,11 @@ def test_mini_batches_keep_the_activations_of_one(tokenizer):
 
 
 def test_impossible_ways_to_contrast(tokenizer):
-    with pytest.raises(ValueError, match="mini_batch_size is 0, expected at least 1"):
-        make_task("embeddings", mini_batch_size=0)
+    for size in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"mini_batch_size is {size}, expected a whole number of at least 1"):
+            make_task("embeddings", mini_batch_size=size)
+    with pytest.raises(ValueError, match="gather_across_devices is 'yes', expected true or false"):
+        make_task("embeddings", gather_across_devices="yes")
     with pytest.raises(ValueError, match="gather_across_devices is for multiple_negatives_ranking, but the loss is tr"):
         make_task("embeddings", loss="triplet", gather_across_devices=True)
     model = checkpoints.model("sentence_embedding", **make_task("embeddings", mini_batch_size=2).config()).train()

@@ -176,9 +176,10 @@ class DurableTrainer(transformers.Trainer):
         tied = {name for names in groups for name in names[1:]}
         missing = set(load_result.missing_keys) - tied
         if missing or load_result.unexpected_keys:
+            absent, unexpected = (listed(sorted(names), 3) for names in (missing, load_result.unexpected_keys))
             raise ValueError(
-                f"the checkpoint does not fit the {type(self.model).__name__}: it lacks {listed(sorted(missing), 3)} and has "
-                f"{listed(sorted(load_result.unexpected_keys), 3)} besides"
+                f"the checkpoint does not fit the {type(self.model).__name__}: it lacks {absent} and has {unexpected} "
+                "besides"
             )
 
     def _init_training_state(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +17,11 @@ from implementations import Implementation, parameters
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The interpreter is NumPy, which remarks on every NaN and infinity that a test gives it."""
+    """A shell's background jobs are deaf to SIGINT, as their children would be, which tests interrupt.
+
+    Triton's interpreter is NumPy, which remarks on every NaN and infinity that a test gives it.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 

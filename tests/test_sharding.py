@@ -34,8 +34,9 @@ LABELS = IDS.masked_fill(IDS % 3 > 0, -100).masked_fill(MASK == 0, -100)
 
 
 @pytest.fixture(autouse=True)
-def _group() -> Iterator[None]:
+def _group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One process, whose shards are all there is; two are started in training/test_many_processes.py."""
+    monkeypatch.setattr("bert_fast.ops._dispatch._warned", set())
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)

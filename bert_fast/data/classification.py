@@ -74,9 +74,8 @@ def read_texts(
         rows.append((number, name, text, pair, value))
     if problem is None:
         problem = "multi" if len(several) > 1 else _infer(column, [row[4] for row in rows])
-    none: tuple[str, ...] = (
-        ("-1",) if dataset and no_label != "none" else ()
-    )  # what Hugging Face's exports give a test set
+    # What Hugging Face's exports give a test set.
+    none: tuple[str, ...] = ("-1",) if dataset and no_label != "none" else ()
     if no_label == "auto" and not dataset:
         none = _found_none(cells, problem, [(row[0], row[4]) for row in rows])
     elif no_label not in ("auto", "none"):

@@ -6,7 +6,7 @@ BIN := .venv/bin
 # One version that CPU machines get without CUDA packages where an index offers it.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-slow test-peers check check-native bench gpu dev extension format clean
+.PHONY: demo test test-slow test-peers packages check check-native bench gpu dev extension format clean
 
 demo: .venv/demo extension
 	@$(BIN)/python -m bert_fast.demo
@@ -21,6 +21,10 @@ test-slow: .venv/dev extension
 # What bert_fast is timed against: no part of CI, and before every `make bench`.
 test-peers: .venv/dev .venv/bench extension
 	$(BIN)/python -m pytest -m peers
+
+# The package as people install it, in each of the ways.
+packages: .venv/dev extension
+	.ci/packages
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -41,7 +41,9 @@ def test_answers_of_the_demo(tmp_path):
         assert line["example"]["context"][line["start"] : line["end"]] == line["answer"] != ""
     gold = {line["id"]: [answer["text"] for answer in line["example"]["answers"]] for line in lines}
     (file,) = write_submission("squad", lines, tmp_path)
-    assert squad_scores(gold, json.loads(file.read_text(encoding="utf-8"))) == pytest.approx(scores)
+    assert squad_scores(gold, json.loads(file.read_text(encoding="utf-8"))) == pytest.approx(
+        {name: value for name, value in scores.items() if name != "loss"}
+    )
     tuned = predict.load(tmp_path / "qa")
     again, _ = predict.evaluate(tuned, FACTS / "validation.jsonl")
     assert again == pytest.approx(scores, abs=0.05)  # the engine's rounding may turn a close decision

@@ -115,13 +115,20 @@ def fast_model_class(plain: Any) -> type[Any]:
                 )
             return plain.forward(self, *args, **kwargs)
 
-        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-            state = super().__reduce_ex__(protocol)[2]
-            return _blank, (fast_model_class, plain.__module__, plain.__name__), state
+    return _named_as(plain, FastModel, fast_model_class)
 
-    FastModel.__name__ = FastModel.__qualname__ = plain.__name__
-    FastModel.__module__ = plain.__module__
-    return FastModel
+
+def _named_as(plain: Any, fast: Any, make: Callable[[Any], type[Any]]) -> Any:
+    """`fast`, which `make` gives for `plain`, by the name and module of the latter, and pickled through `make`."""
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        state = super(fast, self).__reduce_ex__(protocol)[2]
+        return _blank, (make, plain.__module__, plain.__name__), state
+
+    fast.__reduce_ex__ = reduce
+    fast.__name__ = fast.__qualname__ = plain.__name__
+    fast.__module__ = plain.__module__
+    return fast
 
 
 def _blank(make: Callable[[Any], type[Any]], module: str, name: str) -> Any:
@@ -155,13 +162,7 @@ def fast_host_class(plain: Any) -> Any:
                 raise ValueError("loss_only without labels, or with return_dict=False: there is no loss")
             return type(output)(loss=output.loss)
 
-        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-            state = super().__reduce_ex__(protocol)[2]
-            return _blank, (fast_host_class, plain.__module__, plain.__name__), state
-
-    FastHost.__name__ = FastHost.__qualname__ = plain.__name__
-    FastHost.__module__ = plain.__module__
-    return FastHost
+    return _named_as(plain, FastHost, fast_host_class)
 
 
 def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

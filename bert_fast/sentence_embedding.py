@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
 
 from bert_fast.config import BertConfig
@@ -130,6 +129,8 @@ def _gathered(vectors: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor, int]:
 
     Gradients go back to the process whose vector it is, summed over all. Processes may have unequal many examples.
     """
+    from torch.distributed.nn.functional import all_gather  # absent from a torch without torch.distributed
+
     counts = [torch.zeros(1, dtype=torch.int64, device=vectors.device) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([len(vectors)], device=vectors.device))
     sizes = [int(count) for count in counts]
